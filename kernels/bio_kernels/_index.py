@@ -1,0 +1,91 @@
+"""Where things are: the storage of a connection matrix, and the inverted index neuron -> (sample, slot).
+
+The forward passes go from a sample to its active neurons. Every backward pass that sums into a table, and the
+plasticity rule, go the other way: from a neuron to all the places it was active in. ``invert`` builds that index once
+with a stable sort of B * K keys, so its cost depends on the active neurons and never on the size of the pool, and
+``inverted`` hands the same one to every backward pass that asks for the same ``idx``. Summing along it, one owner per
+neuron, needs no atomics: the order of the terms is fixed, and so are the bits of the result.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Storage(NamedTuple):
+    """Values of an (N, N) matrix: all of them, or the stored P x P blocks of one (see BlockSparse).
+
+    values: (N, N), or (Z, P, P) with row_offsets (N/P + 1,) and cols (Z,) ascending within a block row.
+    search_steps: halvings that find one block among those of the longest block row (0 if dense).
+    """
+
+    values: Tensor
+    n: int
+    row_offsets: Tensor | None = None
+    cols: Tensor | None = None
+    search_steps: int = 0
+
+    @property
+    def sparse(self) -> bool:
+        return self.row_offsets is not None
+
+    @property
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """row_offsets and cols of a block-sparse storage."""
+        assert self.row_offsets is not None, "a dense storage has no block layout"
+        assert self.cols is not None, "a dense storage has no block layout"
+        return self.row_offsets, self.cols
+
+    @property
+    def block_size(self) -> int:
+        return self.values.shape[-1] if self.sparse else 1
+
+
+class InvertedIndex(NamedTuple):
+    """The entries (sample, slot) of an ``idx`` (B, K), grouped by neuron.
+
+    neuron: (B*K,) int32 or int64, ascending; entries that are not valid come last and hold n.
+    entry: (B*K,) int32 or int64, the flat position b * K + j; ascending within a neuron.
+    """
+
+    neuron: Tensor
+    entry: Tensor
+
+
+def invert(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
+    """Inverted index of idx (B, K); slots from count[b] on, and indices outside 0..n-1, are left out (neuron = n)."""
+    small = torch.int32 if max(n, idx.numel()) < 2**31 else torch.int64
+    valid = (idx >= 0) & (idx < n)
+    if count is not None:
+        valid &= torch.arange(idx.shape[1], device=idx.device) < count[:, None]
+    keys = torch.where(valid, idx, n).to(small).flatten()
+    neuron, entry = torch.sort(keys, stable=True)
+    return InvertedIndex(neuron, entry.to(small))
+
+
+_recent: list[tuple[weakref.ref, int, int, weakref.ref | None, int, InvertedIndex]] = []
+_RECENT = 8  # steps of a model whose backward passes run one after another; each entry is 8 bytes an active neuron
+
+
+def inverted(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
+    """``invert``, shared: the same tensors, unchanged since, give the index that was built for them.
+
+    While a CUDA graph is captured nothing is shared: a replay must sort what the replay holds.
+    """
+    capturing = idx.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or idx.is_inference() or (count is not None and count.is_inference()):
+        return invert(idx, n, count)
+    versions = idx._version, (count._version if count is not None else 0)
+    for idx_ref, idx_version, pool, count_ref, count_version, built in _recent:
+        same_count = count is None if count_ref is None else count_ref() is count
+        if idx_ref() is idx and same_count and pool == n and (idx_version, count_version) == versions:
+            return built
+    built = invert(idx, n, count)
+    count_ref = None if count is None else weakref.ref(count)
+    _recent.insert(0, (weakref.ref(idx), versions[0], n, count_ref, versions[1], built))
+    del _recent[_RECENT:]
+    return built

@@ -1,0 +1,297 @@
+"""The opaque operators (torch.library) that tie the plain-torch reference and the Triton launchers to one op each.
+
+Every operator takes the backend's name ("reference" or "triton", already resolved) and calls the function of the same
+name there; a kernel file, and with it Triton, is imported only then. Values are checked here, where they exist: always
+on a CPU, on a GPU under BIO_KERNELS_CHECK=1. None of them has a derivative: that is the business of ``_autograd``.
+"""
+
+# No `from __future__ import annotations`: torch reads the schemas from the annotations themselves.
+import importlib
+from types import ModuleType
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import reference
+from ._backend import checking
+from ._index import Storage
+
+
+def _impl(backend: str, file: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{file}") if backend == "triton" else reference
+
+
+def _storage(
+    values: Tensor, n: int, row_offsets: Optional[Tensor], cols: Optional[Tensor], search_steps: int
+) -> Storage:
+    return Storage(values.contiguous(), n, row_offsets, cols, search_steps)
+
+
+def _table(
+    table: Tensor, n: int, row_offsets: Optional[Tensor], cols: Optional[Tensor], search_steps: int
+) -> Tensor | Storage:
+    return table.contiguous() if row_offsets is None else _storage(table, n, row_offsets, cols, search_steps)
+
+
+def _checks(x: Tensor) -> bool:
+    return x.numel() > 0 and (x.is_cpu or checking())
+
+
+def check_idx(idx: Tensor, n: int, count: Optional[Tensor] = None, distinct: bool = False) -> None:
+    """ValueError unless the indices in use lie in 0..n-1 (and differ within a sample) and count lies in 0..K."""
+    if not _checks(idx):
+        return
+    if count is not None:
+        if int(count.min()) < 0 or int(count.max()) > idx.shape[1]:
+            raise ValueError(f"count must be in 0..K={idx.shape[1]}, got {int(count.min())}..{int(count.max())}")
+        # slots out of use take values that differ from all others, and from each other
+        unused = torch.arange(idx.shape[1], device=idx.device)
+        idx = torch.where(unused < count[:, None], idx, n + unused)
+        low, high = int(idx.min()), int(idx.masked_fill(unused >= count[:, None], 0).max())
+    else:
+        low, high = (int(x) for x in idx.aminmax())
+    if low < 0 or high >= n:
+        raise ValueError(f"idx must be in 0..{n - 1}, got values from {low} to {high}")
+    if distinct and bool((idx[:, 1:] <= idx[:, :-1]).any()) and bool((idx.sort(1).values.diff() == 0).any()):
+        raise ValueError("idx must hold each neuron at most once within a sample, got a repeat")
+
+
+def check_gate(gate: Tensor, count: Optional[Tensor]) -> None:
+    """ValueError if the gate of a slot in use is negative."""
+    if _checks(gate):
+        negative = gate < 0
+        if count is not None:
+            negative &= torch.arange(gate.shape[1], device=gate.device) < count[:, None]
+        if bool(negative.any()):
+            raise ValueError(f"gate must be >= 0, got {float(gate[negative].min()):g}")
+
+
+def check_finite(**named: Tensor) -> None:
+    """Under BIO_KERNELS_CHECK=1: ValueError naming the first argument that holds a NaN, and how many."""
+    for name, x in named.items():
+        if checking() and bool(x.isnan().any()):
+            raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN of {x.numel()} values")
+
+
+@custom_op("bio_kernels::topk_gather", mutates_args=())
+def topk_gather(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    check_finite(score=score)
+    if score.shape[0] == 0:
+        return score.new_empty(0, k), score.new_empty(0, k, dtype=torch.int64), table.new_empty(0, k, table.shape[-1])
+    return _impl(backend, "_topk_gather").topk_gather_forward(score.contiguous(), table.contiguous(), k)
+
+
+@topk_gather.register_fake
+def _(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch = score.shape[0]
+    idx = score.new_empty(batch, k, dtype=torch.int64)
+    return score.new_empty(batch, k), idx, table.new_empty(batch, k, table.shape[-1])
+
+
+@custom_op("bio_kernels::scatter_gate", mutates_args=())
+def scatter_gate(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
+    return _impl(backend, "_topk_gather").scatter_gate(grad_gate.contiguous(), idx, n)
+
+
+@scatter_gate.register_fake
+def _(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
+    return grad_gate.new_empty(idx.shape[0], n)
+
+
+@custom_op("bio_kernels::segment_rows", mutates_args=())
+def segment_rows(idx: Tensor, values: Tensor, n: int, dtype: torch.dtype, per_sample: bool, backend: str) -> Tensor:
+    return _impl(backend, "_segment").segment_rows(idx, values.contiguous(), None, n, dtype, per_sample)
+
+
+@segment_rows.register_fake
+def _(idx: Tensor, values: Tensor, n: int, dtype: torch.dtype, per_sample: bool, backend: str) -> Tensor:
+    shape = (idx.shape[0], n, values.shape[-1]) if per_sample else (n, values.shape[-1])
+    return values.new_empty(shape, dtype=dtype)
+
+
+@custom_op("bio_kernels::weighted_rows", mutates_args=())
+def weighted_rows(
+    table: Tensor,
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    idx: Tensor,
+    weight: Tensor,
+    backend: str,
+) -> Tensor:
+    check_idx(idx, n)
+    check_finite(weight=weight)
+    source = _table(table, n, row_offsets, cols, search_steps)
+    return _impl(backend, "_weighted_rows").weighted_rows_forward(source, idx.contiguous(), weight.contiguous())
+
+
+@weighted_rows.register_fake
+def _(table, n, row_offsets, cols, search_steps, idx, weight, backend):
+    return table.new_empty(idx.shape[0], table.shape[-1] if row_offsets is None else n)
+
+
+@custom_op("bio_kernels::weighted_rows_backward_weight", mutates_args=())
+def weighted_rows_backward_weight(
+    table: Tensor,
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    idx: Tensor,
+    weight: Tensor,
+    grad_out: Tensor,
+    backend: str,
+) -> Tensor:
+    source = _table(table, n, row_offsets, cols, search_steps)
+    impl = _impl(backend, "_weighted_rows")
+    return impl.weighted_rows_backward_weight(source, idx.contiguous(), grad_out.contiguous()).to(weight.dtype)
+
+
+@weighted_rows_backward_weight.register_fake
+def _(table, n, row_offsets, cols, search_steps, idx, weight, grad_out, backend):
+    return weight.new_empty(weight.shape)
+
+
+@custom_op("bio_kernels::weighted_rows_backward_table", mutates_args=())
+def weighted_rows_backward_table(
+    table: Tensor,
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    idx: Tensor,
+    weight: Tensor,
+    grad_out: Tensor,
+    backend: str,
+) -> Tensor:
+    source = _table(table, n, row_offsets, cols, search_steps)
+    impl = _impl(backend, "_weighted_rows")
+    return impl.weighted_rows_backward_table(source, idx.contiguous(), weight.contiguous(), grad_out.contiguous())
+
+
+@weighted_rows_backward_table.register_fake
+def _(table, n, row_offsets, cols, search_steps, idx, weight, grad_out, backend):
+    return table.new_empty(table.shape)
+
+
+@custom_op("bio_kernels::sparse_attention", mutates_args=())
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    strength: Optional[Tensor],
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    gate: Optional[Tensor],
+    count: Optional[Tensor],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_idx(idx, n, count, distinct=True)
+    if gate is not None:
+        check_gate(gate, count)
+        gate = gate.contiguous()
+    check_finite(q=q, k=k, v=v)
+    storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
+    impl = _impl(backend, "_attention")
+    q, k, v, idx = (x.contiguous() for x in (q, k, v, idx))
+    return impl.attention_forward(q, k, v, idx, storage, gate, count, scale)
+
+
+@sparse_attention.register_fake
+def _(q, k, v, idx, strength, n, row_offsets, cols, search_steps, gate, count, scale, backend):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@custom_op("bio_kernels::sparse_attention_backward", mutates_args=())
+def sparse_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    strength: Optional[Tensor],
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    gate: Optional[Tensor],
+    count: Optional[Tensor],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, of the bias (B, K pre, K post) and of the gate; an empty tensor where there is none."""
+    storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
+    gates = None if gate is None else gate.contiguous()
+    impl = _impl(backend, "_attention")
+    grad_out, q, k, v, idx = (x.contiguous() for x in (grad_out, q, k, v, idx))
+    *grads, grad_bias, grad_gate = impl.attention_backward(
+        grad_out, q, k, v, idx, storage, gates, count, scale, out, lse
+    )
+    bias = lse.new_empty(0) if grad_bias is None else grad_bias
+    return *grads, bias, lse.new_empty(0) if gate is None else grad_gate.to(gate.dtype)
+
+
+@sparse_attention_backward.register_fake
+def _(grad_out, q, k, v, idx, strength, n, row_offsets, cols, search_steps, gate, count, scale, out, lse, backend):
+    slots = q.shape[2]
+    bias = lse.new_empty(0 if strength is None else (q.shape[0], slots, slots))
+    grad_gate = lse.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias, grad_gate
+
+
+@custom_op("bio_kernels::pair_gradient", mutates_args=())
+def pair_gradient(
+    delta: Tensor,
+    idx: Tensor,
+    count: Optional[Tensor],
+    strength: Tensor,
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    backend: str,
+) -> Tensor:
+    storage = Storage(strength, n, row_offsets, cols, search_steps)
+    return _impl(backend, "_pairs").pair_gradient(delta.contiguous(), idx.contiguous(), count, storage)
+
+
+@pair_gradient.register_fake
+def _(delta, idx, count, strength, n, row_offsets, cols, search_steps, backend):
+    return strength.new_empty(strength.shape)
+
+
+@custom_op("bio_kernels::update_strength_", mutates_args=("strength",))
+def update_strength_(
+    strength: Tensor,
+    n: int,
+    row_offsets: Optional[Tensor],
+    cols: Optional[Tensor],
+    search_steps: int,
+    idx: Tensor,
+    pre: Tensor,
+    post: Tensor,
+    eta: float,
+    decay: float,
+    bound: Optional[float],
+    count: Optional[Tensor],
+    backend: str,
+) -> None:
+    check_idx(idx, n, count, distinct=True)
+    check_finite(pre=pre, post=post)
+    if idx.shape[0] == 0:
+        return
+    storage = _storage(strength, n, row_offsets, cols, search_steps)
+    impl = _impl(backend, "_plasticity")
+    impl.update_strength(storage, idx.contiguous(), pre.contiguous(), post.contiguous(), eta, decay, bound, count)
+    if storage.values.data_ptr() != strength.data_ptr():  # strided: a copy was updated
+        strength.copy_(storage.values)

@@ -1,0 +1,176 @@
+"""BlockSparse: a connection matrix of which only some P x P blocks are stored; the others are zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._index import Storage
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def _search_steps(row_offsets: Tensor) -> int:
+    longest = int(row_offsets.diff().max()) if row_offsets.numel() > 1 else 0
+    return longest.bit_length()
+
+
+def _check_layout(blocks: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
+    """Raise ValueError or TypeError unless the three tensors describe a block-sparse square matrix."""
+    if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or blocks.shape[1] not in BLOCK_SIZES:
+        raise ValueError(f"blocks must be (Z, P, P) with P in {BLOCK_SIZES}, got shape {tuple(blocks.shape)}")
+    if not blocks.is_floating_point():
+        raise TypeError(f"blocks must be floating point, got {blocks.dtype}")
+    for name, t in (("row_offsets", row_offsets), ("cols", cols)):
+        if t.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {t.dtype}")
+        if t.dim() != 1 or t.device != blocks.device:
+            raise ValueError(f"{name} must be 1-D on {blocks.device}, got shape {tuple(t.shape)} on {t.device}")
+    rows, z = row_offsets.numel() - 1, blocks.shape[0]
+    if cols.numel() != z:
+        raise ValueError(f"cols must have one entry for each of the {z} blocks, got {cols.numel()}")
+    if rows < 1 or int(row_offsets[0]) != 0 or int(row_offsets[-1]) != z or bool((row_offsets.diff() < 0).any()):
+        raise ValueError(f"row_offsets must be (N/P + 1,), ascend from 0 and end at the number of blocks {z}")
+    if z and (int(cols.min()) < 0 or int(cols.max()) >= rows):
+        raise ValueError(f"cols must lie in 0..{rows - 1}, got {int(cols.min())}..{int(cols.max())}")
+    if z and bool((_keys(row_offsets, cols).diff() <= 0).any()):
+        raise ValueError("cols must ascend within each block row, without repeats")
+
+
+def _rows(row_offsets: Tensor) -> Tensor:
+    """Block row of every stored block: (Z,) int64."""
+    return torch.repeat_interleave(torch.arange(row_offsets.numel() - 1, device=row_offsets.device), row_offsets.diff())
+
+
+def _keys(row_offsets: Tensor, cols: Tensor) -> Tensor:
+    return _rows(row_offsets) * (row_offsets.numel() - 1) + cols
+
+
+class BlockSparse(nn.Module):
+    """An (N, N) matrix of which Z blocks of P x P are stored, in the layout of ``torch.sparse_bsr_tensor``.
+
+    Accepted wherever an operation takes ``strength`` or ``table``. A module, so that ``state_dict``, ``.to()``,
+    ``deepcopy``, optimizers and safetensors understand it.
+
+    Args:
+        blocks: (Z, P, P) float, P in {16, 32, 64, 128}. An ``nn.Parameter`` is registered as such and is the leaf in
+            whose ``.grad`` the gradients of every operation arrive; any other tensor becomes a buffer as it is.
+        row_offsets: (N/P + 1,) int32 or int64: block row r owns the blocks row_offsets[r] .. row_offsets[r + 1] - 1.
+        cols: (Z,) int32 or int64: block column of each block, ascending within a block row.
+
+    Raises:
+        ValueError, TypeError: the tensors do not describe such a matrix (the message names the one at fault).
+    """
+
+    blocks: Tensor
+    row_offsets: Tensor
+    cols: Tensor
+
+    def __init__(self, blocks: Tensor, row_offsets: Tensor, cols: Tensor) -> None:
+        super().__init__()
+        _check_layout(blocks, row_offsets, cols)
+        if isinstance(blocks, nn.Parameter):
+            self.blocks = blocks
+        else:
+            self.register_buffer("blocks", blocks)
+        self.register_buffer("row_offsets", row_offsets)
+        self.register_buffer("cols", cols)
+        self._search_steps = _search_steps(row_offsets)
+
+    @property
+    def block_size(self) -> int:
+        """P, the edge of a block, in neurons."""
+        return self.blocks.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, N)."""
+        n = (self.row_offsets.numel() - 1) * self.block_size
+        return torch.Size((n, n))
+
+    @property
+    def storage(self) -> Storage:
+        """What the kernels take: the values and where they belong."""
+        return Storage(self.blocks, self.shape[0], self.row_offsets, self.cols, self._search_steps)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, block_size: int = 32) -> BlockSparse:
+        """The blocks of dense (N, N) that hold a value other than zero, copied; P = block_size divides N.
+
+        The blocks are an ``nn.Parameter`` of their own: no gradient flows back to dense. -0.0 counts as zero.
+        """
+        if dense.dim() != 2 or dense.shape[0] != dense.shape[1]:
+            raise ValueError(f"dense must be (N, N), got shape {tuple(dense.shape)}")
+        rows = _block_rows(dense.shape[0], block_size)
+        tiles = dense.detach().reshape(rows, block_size, rows, block_size).transpose(1, 2)
+        kept = (tiles != 0).any(-1).any(-1)
+        row, col = kept.nonzero(as_tuple=True)
+        return cls(nn.Parameter(tiles[row, col]), _offsets(kept.sum(1)), col.to(torch.int32))
+
+    @classmethod
+    def random(
+        cls,
+        n: int,
+        *,
+        blocks_per_row: int,
+        block_size: int = 32,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BlockSparse:
+        """N x N with the same number of blocks in each block row, at random columns; nothing dense is ever made.
+
+        Each block row draws one column from each of ``blocks_per_row`` equal ranges of columns, which makes them
+        distinct. Values are normal with standard deviation ``std``; std = 0 gives zeros that are stored.
+        """
+        rows = _block_rows(n, block_size)
+        if not 1 <= blocks_per_row <= rows:
+            raise ValueError(f"blocks_per_row must be in 1..{rows} (n / block_size), got {blocks_per_row}")
+        place = torch.rand(rows, blocks_per_row, generator=generator, device=device, dtype=torch.float64)
+        edges = torch.arange(blocks_per_row + 1, device=device, dtype=torch.int64) * rows // blocks_per_row
+        cols = (edges[:-1] + (place * edges.diff()).long()).to(torch.int32).flatten()
+        blocks = torch.empty(rows * blocks_per_row, block_size, block_size, device=device, dtype=dtype)
+        blocks.normal_(0.0, std, generator=generator) if std else blocks.zero_()
+        return cls(nn.Parameter(blocks), _offsets(torch.full((rows,), blocks_per_row, device=device)), cols)
+
+    def to_dense(self) -> Tensor:
+        """(N, N) with zeros for the blocks that are not stored; differentiable with respect to ``blocks``."""
+        rows, p = self.row_offsets.numel() - 1, self.block_size
+        tiles = self.blocks.new_zeros(rows, rows, p, p).index_put(
+            (_rows(self.row_offsets), self.cols.long()), self.blocks
+        )
+        return tiles.transpose(1, 2).reshape(self.shape)
+
+    def to_sparse_bsr(self) -> Tensor:
+        """The same matrix as a torch sparse BSR tensor that shares the memory of ``blocks``."""
+        return torch.sparse_bsr_tensor(self.row_offsets, self.cols, self.blocks.detach(), self.shape)
+
+    @classmethod
+    def from_sparse_bsr(cls, matrix: Tensor) -> BlockSparse:
+        """From a square torch sparse BSR tensor with square blocks; shares its memory."""
+        if matrix.layout != torch.sparse_bsr:
+            raise ValueError(f"matrix must be a torch.sparse_bsr tensor, got layout {matrix.layout}")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
+        return cls(nn.Parameter(matrix.values().detach()), matrix.crow_indices(), matrix.col_indices())
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._search_steps = _search_steps(self.row_offsets)
+
+    def extra_repr(self) -> str:
+        z, p, n = self.blocks.shape[0], self.block_size, self.shape[0]
+        return f"({n}, {n}), {z} blocks of {p} x {p} ({z * p * p / n**2:.2%} stored), {self.blocks.dtype}"
+
+
+def _block_rows(n: int, block_size: int) -> int:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    if n < block_size or n % block_size:
+        raise ValueError(f"block_size must divide the number of neurons {n}, got {block_size}")
+    return n // block_size
+
+
+def _offsets(per_row: Tensor) -> Tensor:
+    return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)]).to(torch.int32)
