@@ -1,6 +1,9 @@
-"""Checks of what a caller can see without reading values: types, shapes, dtypes, devices. Every message names the
-argument, what it got and what is allowed. Values (the range of an index, the sign of a gate) are checked where they
-exist, in ``_registration``."""
+"""What the operations refuse. Every message names the argument, what it got and what is allowed.
+
+Types, shapes, dtypes and devices are checked by the public functions, while torch.compile traces too. Values (the
+range of an index, the sign of a gate) are checked inside the operators, where they exist: always on a CPU, and on a
+GPU, where looking costs a synchronisation, under BIO_KERNELS_CHECK=1.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._backend import checking
 from .block_sparse import BlockSparse
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -99,3 +103,43 @@ def writable(name: str, x: Tensor) -> None:
     """In place on an expanded tensor would write one value to many places."""
     if any(stride == 0 and length > 1 for stride, length in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"{name} must not be an expanded tensor: it is updated in place, got strides {x.stride()}")
+
+
+def _has_values(x: Tensor) -> bool:
+    return x.numel() > 0 and (x.is_cpu or checking())
+
+
+def indices(idx: Tensor, n: int, count: Tensor | None = None, distinct: bool = False) -> None:
+    """ValueError unless the indices in use lie in 0..n-1 (and differ within a sample) and count lies in 0..K."""
+    if not _has_values(idx):
+        return
+    if count is not None:
+        if int(count.min()) < 0 or int(count.max()) > idx.shape[1]:
+            raise ValueError(f"count must be in 0..K={idx.shape[1]}, got {int(count.min())}..{int(count.max())}")
+        # slots out of use take values that differ from all others, and from each other
+        unused = torch.arange(idx.shape[1], device=idx.device)
+        idx = torch.where(unused < count[:, None], idx, n + unused)
+        low, high = int(idx.min()), int(idx.masked_fill(unused >= count[:, None], 0).max())
+    else:
+        low, high = (int(x) for x in idx.aminmax())
+    if low < 0 or high >= n:
+        raise ValueError(f"idx must be in 0..{n - 1}, got values from {low} to {high}")
+    if distinct and bool((idx[:, 1:] <= idx[:, :-1]).any()) and bool((idx.sort(1).values.diff() == 0).any()):
+        raise ValueError("idx must hold each neuron at most once within a sample, got a repeat")
+
+
+def gates(gate: Tensor, count: Tensor | None) -> None:
+    """ValueError if the gate of a slot in use is negative."""
+    if _has_values(gate):
+        negative = gate < 0
+        if count is not None:
+            negative &= torch.arange(gate.shape[1], device=gate.device) < count[:, None]
+        if bool(negative.any()):
+            raise ValueError(f"gate must be >= 0, got {float(gate[negative].min()):g}")
+
+
+def finite(**named: Tensor) -> None:
+    """Under BIO_KERNELS_CHECK=1: ValueError naming the first argument that holds a NaN, and how many."""
+    for name, x in named.items():
+        if checking() and bool(x.isnan().any()):
+            raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN of {x.numel()} values")

@@ -1,8 +1,8 @@
 """The opaque operators (torch.library) that tie the plain-torch reference and the Triton launchers to one op each.
 
 Every operator takes the backend's name ("reference" or "triton", already resolved) and calls the function of the same
-name there; a kernel file, and with it Triton, is imported only then. Values are checked here, where they exist: always
-on a CPU, on a GPU under BIO_KERNELS_CHECK=1. None of them has a derivative: that is the business of ``_autograd``.
+name there; a kernel file, and with it Triton, is imported only then. Values are checked here, where they exist. None of
+them has a derivative: that is the business of ``_autograd``.
 """
 
 # No `from __future__ import annotations`: torch reads the schemas from the annotations themselves.
@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference
-from ._backend import checking
+from . import _checks, reference, reference_pairs
 from ._index import Storage
 
 
-def _impl(backend: str, file: str) -> ModuleType:
+def _rows(backend: str, file: str) -> ModuleType:
+    """The kernel file, or the reference, of an operation on rows of a table."""
     return importlib.import_module(f"{__package__}.{file}") if backend == "triton" else reference
+
+
+def _pairs(backend: str, file: str) -> ModuleType:
+    """The kernel file, or the reference, of an operation on pairs of neurons."""
+    return importlib.import_module(f"{__package__}.{file}") if backend == "triton" else reference_pairs
 
 
 def _storage(
@@ -35,52 +40,12 @@ def _table(
     return table.contiguous() if row_offsets is None else _storage(table, n, row_offsets, cols, search_steps)
 
 
-def _checks(x: Tensor) -> bool:
-    return x.numel() > 0 and (x.is_cpu or checking())
-
-
-def check_idx(idx: Tensor, n: int, count: Optional[Tensor] = None, distinct: bool = False) -> None:
-    """ValueError unless the indices in use lie in 0..n-1 (and differ within a sample) and count lies in 0..K."""
-    if not _checks(idx):
-        return
-    if count is not None:
-        if int(count.min()) < 0 or int(count.max()) > idx.shape[1]:
-            raise ValueError(f"count must be in 0..K={idx.shape[1]}, got {int(count.min())}..{int(count.max())}")
-        # slots out of use take values that differ from all others, and from each other
-        unused = torch.arange(idx.shape[1], device=idx.device)
-        idx = torch.where(unused < count[:, None], idx, n + unused)
-        low, high = int(idx.min()), int(idx.masked_fill(unused >= count[:, None], 0).max())
-    else:
-        low, high = (int(x) for x in idx.aminmax())
-    if low < 0 or high >= n:
-        raise ValueError(f"idx must be in 0..{n - 1}, got values from {low} to {high}")
-    if distinct and bool((idx[:, 1:] <= idx[:, :-1]).any()) and bool((idx.sort(1).values.diff() == 0).any()):
-        raise ValueError("idx must hold each neuron at most once within a sample, got a repeat")
-
-
-def check_gate(gate: Tensor, count: Optional[Tensor]) -> None:
-    """ValueError if the gate of a slot in use is negative."""
-    if _checks(gate):
-        negative = gate < 0
-        if count is not None:
-            negative &= torch.arange(gate.shape[1], device=gate.device) < count[:, None]
-        if bool(negative.any()):
-            raise ValueError(f"gate must be >= 0, got {float(gate[negative].min()):g}")
-
-
-def check_finite(**named: Tensor) -> None:
-    """Under BIO_KERNELS_CHECK=1: ValueError naming the first argument that holds a NaN, and how many."""
-    for name, x in named.items():
-        if checking() and bool(x.isnan().any()):
-            raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN of {x.numel()} values")
-
-
 @custom_op("bio_kernels::topk_gather", mutates_args=())
 def topk_gather(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    check_finite(score=score)
+    _checks.finite(score=score)
     if score.shape[0] == 0:
         return score.new_empty(0, k), score.new_empty(0, k, dtype=torch.int64), table.new_empty(0, k, table.shape[-1])
-    return _impl(backend, "_topk_gather").topk_gather_forward(score.contiguous(), table.contiguous(), k)
+    return _rows(backend, "_topk_gather").topk_gather_forward(score.contiguous(), table.contiguous(), k)
 
 
 @topk_gather.register_fake
@@ -92,7 +57,7 @@ def _(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tenso
 
 @custom_op("bio_kernels::scatter_gate", mutates_args=())
 def scatter_gate(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
-    return _impl(backend, "_topk_gather").scatter_gate(grad_gate.contiguous(), idx, n)
+    return _rows(backend, "_topk_gather").scatter_gate(grad_gate.contiguous(), idx, n)
 
 
 @scatter_gate.register_fake
@@ -102,7 +67,7 @@ def _(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
 
 @custom_op("bio_kernels::segment_rows", mutates_args=())
 def segment_rows(idx: Tensor, values: Tensor, n: int, dtype: torch.dtype, per_sample: bool, backend: str) -> Tensor:
-    return _impl(backend, "_segment").segment_rows(idx, values.contiguous(), None, n, dtype, per_sample)
+    return _rows(backend, "_segment").segment_rows(idx, values.contiguous(), None, n, dtype, per_sample)
 
 
 @segment_rows.register_fake
@@ -122,10 +87,10 @@ def weighted_rows(
     weight: Tensor,
     backend: str,
 ) -> Tensor:
-    check_idx(idx, n)
-    check_finite(weight=weight)
+    _checks.indices(idx, n)
+    _checks.finite(weight=weight)
     source = _table(table, n, row_offsets, cols, search_steps)
-    return _impl(backend, "_weighted_rows").weighted_rows_forward(source, idx.contiguous(), weight.contiguous())
+    return _rows(backend, "_weighted_rows").weighted_rows_forward(source, idx.contiguous(), weight.contiguous())
 
 
 @weighted_rows.register_fake
@@ -146,7 +111,7 @@ def weighted_rows_backward_weight(
     backend: str,
 ) -> Tensor:
     source = _table(table, n, row_offsets, cols, search_steps)
-    impl = _impl(backend, "_weighted_rows")
+    impl = _rows(backend, "_weighted_rows")
     return impl.weighted_rows_backward_weight(source, idx.contiguous(), grad_out.contiguous()).to(weight.dtype)
 
 
@@ -168,7 +133,7 @@ def weighted_rows_backward_table(
     backend: str,
 ) -> Tensor:
     source = _table(table, n, row_offsets, cols, search_steps)
-    impl = _impl(backend, "_weighted_rows")
+    impl = _rows(backend, "_weighted_rows")
     return impl.weighted_rows_backward_table(source, idx.contiguous(), weight.contiguous(), grad_out.contiguous())
 
 
@@ -193,13 +158,13 @@ def sparse_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    check_idx(idx, n, count, distinct=True)
+    _checks.indices(idx, n, count, distinct=True)
     if gate is not None:
-        check_gate(gate, count)
+        _checks.gates(gate, count)
         gate = gate.contiguous()
-    check_finite(q=q, k=k, v=v)
+    _checks.finite(q=q, k=k, v=v)
     storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
-    impl = _impl(backend, "_attention")
+    impl = _pairs(backend, "_attention")
     q, k, v, idx = (x.contiguous() for x in (q, k, v, idx))
     return impl.attention_forward(q, k, v, idx, storage, gate, count, scale)
 
@@ -232,7 +197,7 @@ def sparse_attention_backward(
     """Gradients of q, k, v, of the bias (B, K pre, K post) and of the gate; an empty tensor where there is none."""
     storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
     gates = None if gate is None else gate.contiguous()
-    impl = _impl(backend, "_attention")
+    impl = _pairs(backend, "_attention")
     grad_out, q, k, v, idx = (x.contiguous() for x in (grad_out, q, k, v, idx))
     *grads, grad_bias, grad_gate = impl.attention_backward(
         grad_out, q, k, v, idx, storage, gates, count, scale, out, lse
@@ -262,7 +227,7 @@ def pair_gradient(
     backend: str,
 ) -> Tensor:
     storage = Storage(strength, n, row_offsets, cols, search_steps)
-    return _impl(backend, "_pairs").pair_gradient(delta.contiguous(), idx.contiguous(), count, storage)
+    return _pairs(backend, "_pairs").pair_gradient(delta.contiguous(), idx.contiguous(), count, storage)
 
 
 @pair_gradient.register_fake
@@ -286,12 +251,12 @@ def update_strength_(
     count: Optional[Tensor],
     backend: str,
 ) -> None:
-    check_idx(idx, n, count, distinct=True)
-    check_finite(pre=pre, post=post)
+    _checks.indices(idx, n, count, distinct=True)
+    _checks.finite(pre=pre, post=post)
     if idx.shape[0] == 0:
         return
     storage = _storage(strength, n, row_offsets, cols, search_steps)
-    impl = _impl(backend, "_plasticity")
+    impl = _pairs(backend, "_plasticity")
     impl.update_strength(storage, idx.contiguous(), pre.contiguous(), post.contiguous(), eta, decay, bound, count)
     if storage.values.data_ptr() != strength.data_ptr():  # strided: a copy was updated
         strength.copy_(storage.values)

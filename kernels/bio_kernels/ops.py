@@ -254,7 +254,7 @@ def update_strength_(
     pre, post = pre.detach(), post.detach()
     with torch.no_grad():
         if chosen == "dense":
-            _registration.check_idx(idx, strength.shape[0], count, distinct=True)
+            _checks.indices(idx, strength.shape[0], count, distinct=True)
             dense.update_strength(strength, idx, pre, post, eta, decay, bound, count)
         else:
             args = _autograd.storage_args(_storage(strength))

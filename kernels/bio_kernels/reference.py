@@ -1,6 +1,6 @@
-"""What each operation means, in plain torch at sparse cost, on any device; the CPU path. See ``ops`` for the equations.
+"""The operations on rows of a table, in plain torch at sparse cost, on any device; the CPU path. Equations: ``ops``.
 
-Same names and signatures as the launchers in the Triton files, so that ``_autograd`` takes either. Sums are float32
+Same names and signatures as the launchers in the Triton files, so that an operator takes either. Sums are float32
 (float64 for float64 inputs). Everything that adds rows is one weighted bag: on a CPU ``embedding_bag`` reads each row
 once and never materialises the gathered rows, and run over the inverted index it sums gradients just as well. The order
 of its terms is fixed, so results are the same bits every time.
@@ -15,11 +15,12 @@ from torch import Tensor
 from ._index import Storage, inverted
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of this dtype are summed in."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _add_(flat: Tensor, offset: Tensor, values: Tensor) -> None:
+def add_(flat: Tensor, offset: Tensor, values: Tensor) -> None:
     """flat[offset] += values with repeats, in an order that is the same every time."""
     if flat.is_cpu:
         flat.index_add_(0, offset, values)
@@ -75,9 +76,9 @@ def segment_rows(
     rows = n * batch if per_sample else n
     keys, entry = inverted(_flat_index(idx, n, per_sample), rows)
     offsets = torch.searchsorted(keys, torch.arange(rows, device=idx.device, dtype=keys.dtype))
-    ordered = None if weight is None else weight.flatten()[entry].to(_wide(values.dtype))
+    ordered = None if weight is None else weight.flatten()[entry].to(wide_dtype(values.dtype))
     source = (entry if values.dim() == 3 else entry // k).long()
-    out = _bag(values.reshape(-1, width).to(_wide(values.dtype)), source, offsets, ordered).to(dtype)
+    out = _bag(values.reshape(-1, width).to(wide_dtype(values.dtype)), source, offsets, ordered).to(dtype)
     return out.view(batch, n, width) if per_sample else out
 
 
@@ -89,7 +90,7 @@ def weighted_rows_forward(table: Tensor | Storage, idx: Tensor, weight: Tensor) 
         return _spread_blocks(table, idx, weight)
     (batch, k), width = idx.shape, table.shape[-1]
     rows, flat = table.reshape(-1, width), _flat_index(idx, table.shape[-2], table.dim() == 3)
-    if rows.dtype == _wide(rows.dtype):
+    if rows.dtype == wide_dtype(rows.dtype):
         offsets = torch.arange(0, batch * k, k, device=idx.device)
         return _bag(rows, flat.flatten(), offsets, weight.to(rows.dtype).flatten())
     samples = [w.float() @ rows[i].float() for w, i in zip(weight, flat, strict=True)]
@@ -98,16 +99,21 @@ def weighted_rows_forward(table: Tensor | Storage, idx: Tensor, weight: Tensor) 
 
 def weighted_rows_backward_weight(table: Tensor | Storage, idx: Tensor, grad_out: Tensor) -> Tensor:
     """(B, K): the dot product of each chosen row with its sample's gradient."""
-    wide = _wide(grad_out.dtype)
+    wide = wide_dtype(grad_out.dtype)
     if isinstance(table, Storage):
         entry, block, tile = _block_entries(table, idx)
         own = table.values.reshape(-1, table.block_size)[block].to(wide)
         dots = (own * grad_out.reshape(-1, table.block_size)[tile].to(wide)).sum(-1)
         out = dots.new_zeros(idx.numel())
-        _add_(out, entry, dots)
+        add_(out, entry, dots)
         return out.view(idx.shape)
     rows = table.reshape(-1, table.shape[-1])
     flat = _flat_index(idx, table.shape[-2], table.dim() == 3)
+    if rows.dtype == wide and idx.numel():  # reads the rows where they are, without gathering them
+        starts = torch.arange(0, idx.numel(), idx.shape[1], device=idx.device).to(idx.dtype)
+        sample = (torch.arange(idx.numel(), device=idx.device) // idx.shape[1]).to(idx.dtype)
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return dots(grad_out.to(wide), rows, flat.flatten(), starts, sample, 0).view(idx.shape)
     samples = [rows[i].to(wide) @ g.to(wide) for i, g in zip(flat, grad_out, strict=True)]
     return torch.stack(samples) if samples else grad_out.new_zeros(idx.shape, dtype=wide)
 
@@ -121,7 +127,7 @@ def weighted_rows_backward_table(table: Tensor | Storage, idx: Tensor, weight: T
     keys, order = torch.sort(block, stable=True)
     rows = table.values.shape[0] * p
     offsets = torch.searchsorted(keys, torch.arange(rows, device=idx.device))
-    wide = _wide(grad_out.dtype)
+    wide = wide_dtype(grad_out.dtype)
     ordered = weight.flatten()[entry[order]].to(wide)
     return _bag(grad_out.reshape(-1, p).to(wide), tile[order], offsets, ordered).to(table.values.dtype).view(-1, p, p)
 
@@ -141,7 +147,7 @@ def _block_entries(storage: Storage, idx: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _spread_blocks(storage: Storage, idx: Tensor, weight: Tensor) -> Tensor:
-    p, wide = storage.block_size, _wide(storage.values.dtype)
+    p, wide = storage.block_size, wide_dtype(storage.values.dtype)
     entry, block, tile = _block_entries(storage, idx)
     keys, order = torch.sort(tile, stable=True)
     offsets = torch.searchsorted(keys, torch.arange(idx.shape[0] * (storage.n // p), device=idx.device))
@@ -150,157 +156,3 @@ def _spread_blocks(storage: Storage, idx: Tensor, weight: Tensor) -> Tensor:
     if rows.dtype != wide:  # only the rows in use are widened
         rows, block = rows[block].to(wide), torch.arange(block.numel(), device=idx.device)
     return _bag(rows, block, offsets, ordered).view(idx.shape[0], storage.n).to(storage.values.dtype)
-
-
-# ------------------------------------------------------------------------------------------------- attention
-
-
-def _locate(storage: Storage, idx: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Flat offsets (B, K, K) of strength[idx[b, j], idx[b, i]] in storage.values, and which are stored (None: all)."""
-    idx = idx.long()
-    if not storage.sparse:
-        return idx[:, :, None] * storage.n + idx[:, None, :], None
-    p, tiles, (row_offsets, cols) = storage.block_size, storage.n // storage.block_size, storage.layout
-    keys = torch.repeat_interleave(torch.arange(tiles, device=idx.device), row_offsets.diff()) * tiles + cols
-    wanted = (idx // p)[:, :, None] * tiles + (idx // p)[:, None, :]
-    z = torch.searchsorted(keys, wanted)
-    present = (z < keys.numel()) & (keys[z.clamp(max=max(keys.numel() - 1, 0))] == wanted if keys.numel() else False)
-    offset = z * p * p + (idx % p)[:, :, None] * p + (idx % p)[:, None, :]
-    return torch.where(present, offset, 0), present
-
-
-def _valid(idx: Tensor, count: Tensor | None) -> Tensor | None:
-    return None if count is None else torch.arange(idx.shape[1], device=idx.device) < count[:, None]
-
-
-def _used(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x (B, K) or (B, H, K, D) with zeros in the slots that are not in use."""
-    if valid is None:
-        return x
-    return x.masked_fill(~(valid if x.dim() == 2 else valid[:, None, :, None]), 0)
-
-
-def _scores(q: Tensor, k: Tensor, idx: Tensor, storage: Storage | None, scale: float) -> Tensor:
-    """scale * q_i.k_j + strength[idx_j, idx_i]: (B, H, i, j), in q's dtype, which is the wide one."""
-    score = (q * scale) @ k.transpose(-1, -2)
-    if storage is not None and storage.values.numel():
-        offset, present = _locate(storage, idx)
-        bias = storage.values.reshape(-1)[offset].to(q.dtype)
-        bias = bias if present is None else bias.masked_fill(~present, 0)
-        score += bias.transpose(1, 2)[:, None]
-    return score
-
-
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    storage: Storage | None,
-    gate: Tensor | None,
-    count: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output (B, H, K, Dh) in v's dtype, and lse (B, H, K), the logarithm of its denominator (inf: none spoke)."""
-    wide, valid = _wide(q.dtype), _valid(idx, count)
-    q, k, values = (_used(x, valid).to(wide) for x in (q, k, v))
-    score = _scores(q, k, _used(idx, valid), storage, scale)
-    silent = None if valid is None else ~valid[:, None, None]
-    weight = None
-    if gate is not None:
-        weight = _used(gate, valid).to(wide)[:, None, None]
-        silent = weight == 0
-    if silent is not None and bool(silent.any()):
-        score.masked_fill_(silent, -torch.inf)
-    top = score.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0)
-    e = score.sub_(top).exp_()
-    if weight is not None:
-        e *= weight
-    total = e.sum(-1, keepdim=True)
-    lse = torch.where(total == 0, torch.inf, top + total.log())[..., 0]
-    out = (e @ values) / torch.where(total == 0, 1.0, total)
-    if valid is not None:
-        out.masked_fill_(~valid[:, None, :, None], 0)
-        lse.masked_fill_(~valid[:, None], torch.inf)
-    return out.to(v.dtype), lse
-
-
-def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    storage: Storage | None,
-    gate: Tensor | None,
-    count: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v; of the bias, (B, K pre, K post) in the wide dtype; and of the gates (B, K)."""
-    wide, valid = _wide(q.dtype), _valid(idx, count)
-    wq, wk, wv, grad, wout = (_used(x, valid).to(wide) for x in (q, k, v, grad_out, out))
-    e = _scores(wq, wk, _used(idx, valid), storage, scale).sub_(lse[..., None]).exp_()
-    if valid is not None:
-        e.masked_fill_(~valid[:, None, None], 0)
-    d = (grad @ wv.transpose(-1, -2)).sub_((grad * wout).sum(-1, keepdim=True))
-    p, grad_gate = e, None
-    if gate is not None:
-        weight = _used(gate, valid).to(wide)[:, None, None]
-        grad_gate = (e * d).sum((1, 2))
-        p = torch.where(weight == 0, 0.0, e * weight)  # exp may overflow where the gate is 0: never 0 * inf
-    grad_v = p.transpose(-1, -2) @ grad
-    ds = d.mul_(p)
-    grad_q, grad_k = (ds @ wk).mul_(scale), (ds.transpose(-1, -2) @ wq).mul_(scale)
-    grad_bias = None if storage is None else ds.sum(1).transpose(1, 2).contiguous()
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias, grad_gate
-
-
-def pair_gradient(delta: Tensor, idx: Tensor, count: Tensor | None, storage: Storage) -> Tensor:
-    """delta (B, K pre, K post) summed into a tensor like storage.values, zeros elsewhere."""
-    total = torch.zeros(storage.values.numel(), dtype=delta.dtype, device=delta.device)
-    offset, kept = _pairs(storage, idx, count)
-    _add_(total, offset, delta.flatten() if kept is None else delta.flatten()[kept])
-    return total.to(storage.values.dtype).view_as(storage.values)
-
-
-def _pairs(storage: Storage, idx: Tensor, count: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Flat offsets of all pairs of neurons in use whose connection is stored, and which of the B*K*K those are."""
-    valid = _valid(idx, count)
-    offset, present = _locate(storage, _used(idx, valid))
-    if valid is not None:
-        both = valid[:, :, None] & valid[:, None, :]
-        present = both if present is None else present & both
-    return (offset.flatten(), None) if present is None else (offset[present], present.flatten())
-
-
-# ------------------------------------------------------------------------------------------------- plasticity
-
-
-def update_strength(
-    storage: Storage,
-    idx: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    eta: float,
-    decay: float,
-    bound: float | None,
-    count: Tensor | None,
-) -> None:
-    """In place on storage.values, which is contiguous: every pair's change is summed before any value is touched."""
-    flat, wide = storage.values.view(-1), _wide(storage.values.dtype)
-    offset, kept = _pairs(storage, idx, count)
-    if offset.numel() == 0:
-        return
-    touched, inverse = torch.unique(offset, return_inverse=True)
-    old = flat[touched].to(wide)
-    pre, post = pre.to(wide)[:, :, None], post.to(wide)[:, None, :]
-    change, forget = pre * post, (post * post).expand(-1, idx.shape[1], -1)
-    change, forget = (x.flatten() if kept is None else x.flatten()[kept] for x in (change, forget))
-    hebb, oja = torch.zeros_like(old), torch.zeros_like(old)
-    _add_(hebb, inverse.flatten(), change)
-    _add_(oja, inverse.flatten(), forget)
-    new = old + eta / idx.shape[0] * (hebb - decay * oja * old)
-    flat[touched] = (new if bound is None else new.clamp(-bound, bound)).to(flat.dtype)
