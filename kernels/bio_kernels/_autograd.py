@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from . import _registration as op
 from ._index import Storage
+from .reference import nonzero_entries, wide_dtype
 
 
 class ScatterGate(Function):
@@ -100,14 +101,28 @@ class WeightedRows(Function):
         args = (table, ctx.n, row_offsets, cols, ctx.search_steps, idx, weight, grad_out)
         grad_table = grad_weight = None
         if ctx.needs_input_grad[0] and ctx.sparse_grad:
-            wide = torch.promote_types(table.dtype, torch.float32)
-            rows = (weight.to(wide)[:, :, None] * grad_out.to(wide)[:, None, :]).flatten(0, 1).to(table.dtype)
-            grad_table = torch.sparse_coo_tensor(idx.flatten()[None], rows, table.shape, check_invariants=False)
+            grad_table = _rows_coo(table, idx, weight, grad_out)
         elif ctx.needs_input_grad[0]:
             grad_table = op.weighted_rows_backward_table(*args, ctx.backend)
         if ctx.needs_input_grad[6]:
             grad_weight = op.weighted_rows_backward_weight(*args, ctx.backend)
         return grad_table, None, None, None, None, None, grad_weight, None, None
+
+
+def _rows_coo(table: Tensor, idx: Tensor, weight: Tensor, grad_out: Tensor) -> Tensor:
+    """The gradient of a table (N, M) as a sparse COO tensor: of whole rows, or of single entries where grad_out is
+    mostly zeros."""
+    wide = wide_dtype(table.dtype)
+    few = nonzero_entries(grad_out)
+    if few is None:
+        where = idx.flatten()[None]
+        values = (weight.to(wide)[:, :, None] * grad_out.to(wide)[:, None, :]).flatten(0, 1)
+    else:
+        sample, column, value = few
+        row, column = torch.broadcast_tensors(idx[sample], column[:, None])
+        where = torch.stack([row.flatten(), column.flatten()])
+        values = (weight[sample].to(wide) * value.to(wide)[:, None]).flatten()
+    return torch.sparse_coo_tensor(where, values.to(table.dtype), table.shape, check_invariants=False)
 
 
 class SparseAttention(Function):

@@ -160,8 +160,8 @@ def weighted_rows(
             (N, N), M = N.
         idx: (B, K) int32 or int64 in 0..N-1; repeats add.
         weight: (B, K) float, dimensionless; its own dtype.
-        sparse_grad: the gradient of a (N, M) table arrives as a torch.sparse_coo tensor of B*K rows, not coalesced.
-            The dense backend ignores it.
+        sparse_grad: the gradient of a (N, M) table arrives as a torch.sparse_coo tensor of B*K rows (on a CPU, of
+            single entries if most of out's gradient is 0), not coalesced. The dense backend ignores it.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:

@@ -109,6 +109,11 @@ def weighted_rows_backward_weight(table: Tensor | Storage, idx: Tensor, grad_out
         return out.view(idx.shape)
     rows = table.reshape(-1, table.shape[-1])
     flat = _flat_index(idx, table.shape[-2], table.dim() == 3)
+    few = nonzero_entries(grad_out) if rows.dtype == wide else None
+    if few is not None:
+        sample, column, value = few
+        dots = rows[flat[sample], column[:, None]] * value.to(wide)[:, None]
+        return dots.new_zeros(idx.shape).index_add_(0, sample, dots)
     if rows.dtype == wide and idx.numel():  # reads the rows where they are, without gathering them
         starts = torch.arange(0, idx.numel(), idx.shape[1], device=idx.device).to(idx.dtype)
         sample = (torch.arange(idx.numel(), device=idx.device) // idx.shape[1]).to(idx.dtype)
@@ -116,6 +121,15 @@ def weighted_rows_backward_weight(table: Tensor | Storage, idx: Tensor, grad_out
         return dots(grad_out.to(wide), rows, flat.flatten(), starts, sample, 0).view(idx.shape)
     samples = [rows[i].to(wide) @ g.to(wide) for i, g in zip(flat, grad_out, strict=True)]
     return torch.stack(samples) if samples else grad_out.new_zeros(idx.shape, dtype=wide)
+
+
+def nonzero_entries(grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(sample, column, value) of grad_out (B, M) where it is mostly zeros, as behind a top-k; None where it is not, or
+    on a GPU, where looking would wait for the device."""
+    if not grad_out.is_cpu:
+        return None
+    sample, column = grad_out.nonzero(as_tuple=True)
+    return None if 8 * sample.numel() > grad_out.numel() else (sample, column, grad_out[sample, column])
 
 
 def weighted_rows_backward_table(table: Tensor | Storage, idx: Tensor, weight: Tensor, grad_out: Tensor) -> Tensor:

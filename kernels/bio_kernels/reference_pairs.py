@@ -28,7 +28,10 @@ def _locate(storage: Storage, idx: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _valid(idx: Tensor, count: Tensor | None) -> Tensor | None:
-    return None if count is None else torch.arange(idx.shape[1], device=idx.device) < count[:, None]
+    """Which slots (B, K) are in use; None: all of them (on a GPU that is not asked: it would wait for the device)."""
+    if count is None or (count.is_cpu and bool((count >= idx.shape[1]).all())):
+        return None
+    return torch.arange(idx.shape[1], device=idx.device) < count[:, None]
 
 
 def _used(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -36,6 +39,16 @@ def _used(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return x
     return x.masked_fill(~(valid if x.dim() == 2 else valid[:, None, :, None]), 0)
+
+
+def _weights(gate: Tensor | None, valid: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The senders' gates and which of them are silent, (B, 1, 1, K): None if all gates are 1, None if none is silent."""
+    if gate is None:
+        silent = None if valid is None else ~valid[:, None, None]
+        return None, None if silent is None or not bool(silent.any()) else silent
+    weight = _used(gate, valid).to(wide)[:, None, None]
+    silent = weight == 0
+    return weight, silent if bool(silent.any()) else None
 
 
 def _scores(q: Tensor, k: Tensor, idx: Tensor, storage: Storage | None, scale: float) -> Tensor:
@@ -63,12 +76,8 @@ def attention_forward(
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
     q, k, values = (_used(x, valid).to(wide) for x in (q, k, v))
     score = _scores(q, k, _used(idx, valid), storage, scale)
-    silent = None if valid is None else ~valid[:, None, None]
-    weight = None
-    if gate is not None:
-        weight = _used(gate, valid).to(wide)[:, None, None]
-        silent = weight == 0
-    if silent is not None and bool(silent.any()):
+    weight, silent = _weights(gate, valid, wide)
+    if silent is not None:
         score.masked_fill_(silent, -torch.inf)
     top = score.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0)
@@ -101,14 +110,15 @@ def attention_backward(
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
     wq, wk, wv, grad, wout = (_used(x, valid).to(wide) for x in (q, k, v, grad_out, out))
     e = _scores(wq, wk, _used(idx, valid), storage, scale).sub_(lse[..., None]).exp_()
-    if valid is not None:
-        e.masked_fill_(~valid[:, None, None], 0)
     d = (grad @ wv.transpose(-1, -2)).sub_((grad * wout).sum(-1, keepdim=True))
-    p, grad_gate = e, None
-    if gate is not None:
-        weight = _used(gate, valid).to(wide)[:, None, None]
-        grad_gate = (e * d).sum((1, 2))
-        p = torch.where(weight == 0, 0.0, e * weight)  # exp may overflow where the gate is 0: never 0 * inf
+    weight, silent = _weights(gate, valid, wide)
+    if weight is None:
+        grad_gate, p = None, e if silent is None else e.masked_fill_(silent, 0)
+    else:
+        grad_gate = _used((e * d).sum((1, 2)), valid)
+        p = e.mul_(weight)
+        if silent is not None:
+            p.masked_fill_(silent, 0)  # exp may overflow where the gate is 0: never 0 * inf
     grad_v = p.transpose(-1, -2) @ grad
     ds = d.mul_(p)
     grad_q, grad_k = (ds @ wk).mul_(scale), (ds.transpose(-1, -2) @ wq).mul_(scale)
