@@ -1,0 +1,152 @@
+"""SPROUT: input -> pattern -> interaction -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import bio_kernels
+import torch
+from torch import Tensor, nn
+
+from .config import SproutConfig
+from .decoder import OutputDecoder
+from .encoder import InputToActivation
+from .interaction import NeuronInteraction
+from .pattern import ActivationPattern, gate_change, jaccard
+from .pool import GlobalNeuronPool
+
+
+class Settled(NamedTuple):
+    """The pool after the interaction: states (B, K, D), and the n_interaction_steps + 1 patterns, initial one first."""
+
+    states: Tensor
+    history: list[ActivationPattern]
+
+
+class BrainLikeSprout(nn.Module):
+    """tokens (B, T) -> logits (B, vocab_size), by way of one sparse pattern over a pool of neurons."""
+
+    def __init__(self, config: SproutConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pool = GlobalNeuronPool(config)
+        self.encoder = InputToActivation(config)
+        self.interaction = NeuronInteraction(config)
+        self.decoder = OutputDecoder(config)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the whole input.
+
+        Args:
+            tokens: (B, T) int64 in 0..vocab_size-1, 1 <= T <= max_seq_len.
+            attention_mask: (B, T) bool or integer, nonzero for tokens, 0 for padding on either side; None: all tokens.
+        Returns: (B, vocab_size), the dtype of the parameters.
+        Raises: TypeError for a wrong dtype; ValueError for a wrong shape, and on CPU outside torch.compile also for
+            tokens outside the vocabulary and samples without tokens.
+        Gradients: every parameter. Determinism: the same input gives bitwise the same logits.
+        """
+        settled = self.settle(tokens, attention_mask)
+        return self.decoder(settled.states, settled.history[-1])
+
+    def settle(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Settled:
+        """The pool after the interaction, with gradient; arguments and errors as in ``forward``."""
+        return Settled(*self.interaction(self.encoder(tokens, self.pool, attention_mask), self.pool))
+
+    @torch.no_grad()
+    def analyze_activation(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, *, top_k: int = 10
+    ) -> dict[str, Any]:
+        """How the pattern evolves, without gradient and in the mode (train or eval) that the model is in.
+
+        Args: tokens, attention_mask as in ``forward``; top_k >= 1, the most neurons to name per step.
+        Returns: a dict of
+            initial_active, final_active: (B,) int64, active neurons; initial_active_mean, final_active_mean: float;
+            top_neurons_per_step: a dict per pattern: step, indices and values of the strongest in the batch's mean;
+            activation_history: the n_interaction_steps + 1 patterns;
+            jaccard, gate_change: (n_interaction_steps, B), how far each step changed the pattern.
+        Raises: as ``forward``; ValueError if top_k is not a positive integer.
+        """
+        if type(top_k) is not int or top_k < 1:
+            raise ValueError(f"top_k must be an integer >= 1, got {top_k!r}")
+        history = self.settle(tokens, attention_mask).history
+        changes = list(pairwise(history))
+        nothing = history[0].gate.new_zeros(0, tokens.shape[0])
+        return {
+            "initial_active": history[0].count,
+            "initial_active_mean": history[0].count.double().mean().item(),
+            "final_active": history[-1].count,
+            "final_active_mean": history[-1].count.double().mean().item(),
+            "top_neurons_per_step": [strongest(pattern, step, top_k) for step, pattern in enumerate(history)],
+            "activation_history": history,
+            "jaccard": torch.stack([jaccard(*pair) for pair in changes]) if changes else nothing,
+            "gate_change": torch.stack([gate_change(*pair) for pair in changes]) if changes else nothing,
+        }
+
+    @torch.no_grad()
+    def plasticity(
+        self,
+        pattern: ActivationPattern | Sequence[ActivationPattern],
+        *,
+        eta: float,
+        decay: float = 0.0,
+        bound: float | None = 1.0,
+    ) -> None:
+        """Strengthens, in place, the connections of neurons that were active together; call it after ``backward``.
+
+        strength[p, q] += eta / B * sum_b (gate_bp gate_bq - decay gate_bq^2 strength[p, q]), then clamp to +-bound.
+        Args: pattern, one pattern or a history (each of its patterns with eta / length); eta, fraction per call;
+            decay 0 for Hebb's rule, 1 for Oja's (1982); bound >= 0 or None, dimensionless.
+        Raises: ValueError for an empty history or a pattern of another pool. Gradients: none. Determinism: bitwise.
+        """
+        history = [pattern] if isinstance(pattern, ActivationPattern) else list(pattern)
+        if not history:
+            raise ValueError("pattern must hold at least one ActivationPattern, got an empty history")
+        for other in {p.n_neurons for p in history} - {self.config.n_neurons}:
+            raise ValueError(f"pattern must be over n_neurons={self.config.n_neurons} neurons, got {other}")
+        for idx, gate, count, _ in history:
+            bio_kernels.update_strength_(
+                self.pool.connection_strength,
+                idx,
+                gate,
+                gate,
+                eta=eta / len(history),
+                decay=decay,
+                bound=bound,
+                count=count,
+                backend=self.config.backend,
+            )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"n_interaction_steps={c.n_interaction_steps}, sparsity={c.initial_sparsity}->{c.final_sparsity} "
+            f"of {c.n_neurons}, connection={c.connection!r}, backend={c.backend!r}"
+        )
+
+
+def strongest(pattern: ActivationPattern, step: int, top_k: int) -> dict[str, Any]:
+    """The at most top_k strongest neurons of the batch's mean pattern: step, indices (1-D int64), values (1-D)."""
+    neuron, where = pattern.idx[pattern.valid()].unique(return_inverse=True)
+    gate = pattern.gate[pattern.valid()]
+    mean = gate.new_zeros(neuron.shape).index_add(0, where, gate) / pattern.idx.shape[0]
+    values, order = mean.sort(descending=True, stable=True)
+    return {"step": step, "indices": neuron[order[:top_k]], "values": values[:top_k]}
+
+
+def create_brain_like_sprout(vocab_size: int = 30000, **config: Any) -> BrainLikeSprout:
+    """A new SPROUT with random weights (torch's global generator).
+
+    Args: vocab_size and the other fields of SproutConfig, by name.
+    Raises: TypeError for an unknown name, with the nearest known one; ValueError for a value out of range.
+    """
+    known = [field.name for field in fields(SproutConfig)]
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; allowed: {', '.join(known)}"
+            raise TypeError(f"create_brain_like_sprout got an unknown argument {name!r}{hint}")
+    return BrainLikeSprout(SproutConfig(vocab_size=vocab_size, **config))

@@ -1,0 +1,77 @@
+"""The pool: what all samples share about the neurons."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import bio_kernels
+import torch
+from bio_kernels import BlockSparse
+from torch import Tensor, nn
+
+from .config import SproutConfig
+
+
+class Wiring(NamedTuple):
+    """The pool as one interaction step uses it; each use may be given an alias of its own.
+
+    signatures: (N, D).
+    bias, spread: the connection strength, (N, N) or BlockSparse, for the attention and for the drive.
+    sparse_grad: their gradients come as sparse tensors, as the aliases of bio_kernels.shared_table take them.
+    """
+
+    signatures: Tensor
+    bias: Tensor | BlockSparse
+    spread: Tensor | BlockSparse
+    sparse_grad: bool = False
+
+
+class GlobalNeuronPool(nn.Module):
+    """N neurons: what each responds to, how easily, and how they are connected.
+
+    neuron_signatures: (N, D), what a neuron responds to and the state it wakes up with; standard normal at the start.
+    threshold: (N,), added to the score, so a higher one means more excitable; at the start such that the weakest
+        neuron of an initial pattern has a gate of about one half, far from saturation.
+    connection_strength: (N, N) or BlockSparse, [pre, post]: a row holds the outgoing synapses of one neuron; zero at
+        the start, so that an untrained connection neither helps nor hinders.
+    """
+
+    def __init__(self, config: SproutConfig) -> None:
+        super().__init__()
+        n, d = config.n_neurons, config.d_state
+        # Scores are standard normal at the start: the quantile is where the top initial_sparsity of N begin.
+        share = min(config.initial_sparsity / n, 0.5)
+        self.neuron_signatures = nn.Parameter(torch.randn(n, d))
+        self.threshold = nn.Parameter(torch.full((n,), NormalDist().inv_cdf(share)))
+        if config.connection == "dense":
+            self.connection_strength = nn.Parameter(torch.zeros(n, n))
+        else:
+            self.connection_strength = bio_kernels.BlockSparse.random(
+                n, blocks_per_row=config.blocks_per_row, block_size=config.block_size, std=0.0
+            )
+
+    def score(self, z: Tensor) -> Tensor:
+        """How well the input matches each neuron: z . signature_n / sqrt(D) + threshold_n.
+
+        Args: z (B, D), the dtype of the pool. Returns: (B, N). Gradients: z, neuron_signatures, threshold.
+        """
+        return torch.addmm(self.threshold, z * z.shape[1] ** -0.5, self.neuron_signatures.t())
+
+    def wiring(self, n_steps: int, n_slots: int) -> list[Wiring]:
+        """The pool for each of n_steps interaction steps of n_slots = B * K slots.
+
+        A dense matrix is used twice a step. Where the slots are fewer than its rows its gradients stay as sparse as the
+        activity until they are summed, once; otherwise, and under torch.compile, each use makes a whole one.
+        """
+        signatures, strength = self.neuron_signatures, self.connection_strength
+        if isinstance(strength, BlockSparse) or torch.compiler.is_compiling() or n_slots > len(signatures):
+            return [Wiring(signatures, strength, strength)] * n_steps
+        uses = max(n_steps, 1)
+        strengths = bio_kernels.shared_table(strength, 2 * uses)
+        tables = bio_kernels.shared_table(signatures, uses)
+        return [Wiring(tables[i], strengths[2 * i], strengths[2 * i + 1], True) for i in range(n_steps)]
+
+    def extra_repr(self) -> str:
+        n, d = self.neuron_signatures.shape
+        return f"n_neurons={n}, d_state={d}, connection={type(self.connection_strength).__name__}"
