@@ -122,7 +122,7 @@ def sparse_attention(
     """
     _checks.tensor("q", q, "(B, H, K, Dh)", (4,))
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if q.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) if isinstance(x, Tensor) else x for x in (q, k, v))
     for name, x in (("k", k), ("v", v)):
         _checks.tensor(name, x, "(B, H, K, Dh)", (4,), (q.dtype,))
