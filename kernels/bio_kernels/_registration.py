@@ -197,7 +197,7 @@ def sparse_attention_backward(
     """Gradients of q, k, v, of the bias (B, K pre, K post) and of the gate; an empty tensor where there is none."""
     storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
     gates = None if gate is None else gate.contiguous()
-    impl = _pairs(backend, "_attention")
+    impl = _pairs(backend, "_attention_backward")
     grad_out, q, k, v, idx = (x.contiguous() for x in (grad_out, q, k, v, idx))
     *grads, grad_bias, grad_gate = impl.attention_backward(
         grad_out, q, k, v, idx, storage, gates, count, scale, out, lse
