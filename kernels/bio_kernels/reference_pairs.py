@@ -42,7 +42,7 @@ def _used(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _weights(gate: Tensor | None, valid: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The senders' gates and which of them are silent, (B, 1, 1, K): None if all gates are 1, None if none is silent."""
+    """The senders' gates and which are silent, both (B, 1, 1, K): None if all gates are 1, None if none is silent."""
     if gate is None:
         silent = None if valid is None else ~valid[:, None, None]
         return None, None if silent is None or not bool(silent.any()) else silent
@@ -79,6 +79,7 @@ def attention_forward(
     weight, silent = _weights(gate, valid, wide)
     if silent is not None:
         score.masked_fill_(silent, -torch.inf)
+        values = values.masked_fill(silent.transpose(-1, -2), 0)  # of what is silent nothing is heard: no 0 * inf
     top = score.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0)
     e = score.sub_(top).exp_()
@@ -113,12 +114,14 @@ def attention_backward(
     d = (grad @ wv.transpose(-1, -2)).sub_((grad * wout).sum(-1, keepdim=True))
     weight, silent = _weights(gate, valid, wide)
     if weight is None:
-        grad_gate, p = None, e if silent is None else e.masked_fill_(silent, 0)
+        grad_gate, p = None, e
     else:
         grad_gate = _used((e * d).sum((1, 2)), valid)
         p = e.mul_(weight)
-        if silent is not None:
-            p.masked_fill_(silent, 0)  # exp may overflow where the gate is 0: never 0 * inf
+    if silent is not None:
+        p.masked_fill_(silent, 0)  # never 0 * inf: where the gate is 0 exp may overflow, k and v be infinite
+        d.masked_fill_(silent, 0)
+        wk = wk.masked_fill(silent.transpose(-1, -2), 0)
     grad_v = p.transpose(-1, -2) @ grad
     ds = d.mul_(p)
     grad_q, grad_k = (ds @ wk).mul_(scale), (ds.transpose(-1, -2) @ wq).mul_(scale)

@@ -1,0 +1,196 @@
+"""BlockSparse: the conversions, what holds it (state_dict, optimizers, safetensors, pickle), and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from pathlib import Path
+
+import bio_kernels as bk
+import pytest
+import torch
+from bio_kernels.testing import make_inputs
+from torch import Tensor, nn
+
+
+def matrix(n: int = 96, block_size: int = 16) -> tuple[Tensor, bk.BlockSparse]:
+    strength = make_inputs(1, n, 1, storage="block_sparse", block_size=block_size).strength
+    assert isinstance(strength, bk.BlockSparse)
+    return strength.to_dense().detach(), strength
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_dense_and_back(block_size: int) -> None:
+    dense, strength = matrix(4 * block_size, block_size)
+    assert strength.shape == dense.shape
+    assert strength.block_size == block_size
+    assert torch.equal(bk.BlockSparse.from_dense(dense, block_size).to_dense(), dense)
+    tiles = dense.reshape(4, block_size, 4, block_size).abs().sum((1, 3))
+    assert strength.blocks.shape[0] == int((tiles > 0).sum()) < 16, "zero blocks are left out, and there are some"
+    assert strength.row_offsets[-1] == strength.row_offsets[-2], "the last block row is empty"
+
+
+def test_only_blocks_that_are_all_zero_are_left_out() -> None:
+    dense = torch.zeros(48, 48)
+    dense[0, 47], dense[20, 20], dense[40, 1] = 1e-30, float("nan"), -0.0
+    strength = bk.BlockSparse.from_dense(dense, 16)
+    assert strength.cols.tolist() == [2, 1]
+    assert strength.row_offsets.tolist() == [0, 1, 2, 2]
+    assert bk.BlockSparse.from_dense(torch.zeros(48, 48), 16).blocks.shape == (0, 16, 16)
+    assert not bk.BlockSparse.from_dense(torch.zeros(48, 48), 16).to_dense().any()
+
+
+def test_bsr_tensors_share_memory() -> None:
+    dense, strength = matrix()
+    bsr = strength.to_sparse_bsr()
+    assert torch.equal(bsr.to_dense(), dense)
+    back = bk.BlockSparse.from_sparse_bsr(bsr)
+    assert torch.equal(back.to_dense(), dense)
+    assert back.blocks.data_ptr() == strength.blocks.data_ptr()
+    assert torch.equal(bk.BlockSparse.from_sparse_bsr(dense.to_sparse_bsr((16, 16))).to_dense(), dense)
+
+
+def test_the_dense_form_is_differentiable() -> None:
+    dense, strength = matrix()
+    weight = torch.randn_like(dense)
+    (strength.to_dense() * weight).sum().backward()
+    assert strength.blocks.grad is not None
+    expected = bk.BlockSparse(strength.blocks.grad, strength.row_offsets, strength.cols).to_dense()
+    stored = bk.BlockSparse(torch.ones_like(strength.blocks), strength.row_offsets, strength.cols).to_dense()
+    assert torch.equal(expected, weight * stored)
+
+
+def test_random_has_the_same_number_of_blocks_in_each_row() -> None:
+    g = torch.Generator().manual_seed(3)
+    strength = bk.BlockSparse.random(1024, blocks_per_row=5, block_size=64, std=0.5, generator=g)
+    assert strength.row_offsets.diff().tolist() == [5] * 16
+    assert all(len(set(row.tolist())) == 5 for row in strength.cols.view(16, 5))
+    assert 0.48 < float(strength.blocks.std()) < 0.52
+    again = bk.BlockSparse.random(1024, blocks_per_row=5, block_size=64, std=0.5, generator=g.manual_seed(3))
+    assert torch.equal(strength.blocks, again.blocks)
+    assert torch.equal(strength.cols, again.cols)
+    zeros = bk.BlockSparse.random(64, blocks_per_row=4, block_size=16, std=0.0)
+    assert zeros.blocks.shape == (16, 16, 16)
+    assert not zeros.blocks.any()
+
+
+class Holder(nn.Module):
+    def __init__(self, strength: bk.BlockSparse) -> None:
+        super().__init__()
+        self.strength = strength
+
+
+def spread(strength: bk.BlockSparse) -> Tensor:
+    return bk.weighted_rows(strength, torch.tensor([[3, 90]]), torch.ones(1, 2, dtype=strength.blocks.dtype))
+
+
+def test_state_dict_of_another_layout_of_the_same_size() -> None:
+    """Loading replaces the layout too, and with it how far a search has to go."""
+    dense = torch.zeros(96, 96)
+    dense[:16] = torch.randn(16, 96)
+    source = Holder(bk.BlockSparse.from_dense(dense, 16))  # six blocks in one row
+    target = Holder(bk.BlockSparse.from_dense(torch.eye(96), 16))  # one in each
+    assert source.strength.storage.search_steps > target.strength.storage.search_steps
+    assert set(source.state_dict()) == {"strength.blocks", "strength.row_offsets", "strength.cols"}
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.strength.to_dense(), dense)
+    assert target.strength.storage.search_steps == source.strength.storage.search_steps
+    assert torch.equal(spread(target.strength), dense[3:4] + dense[90:91])
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "safetensors"])
+def test_copies_are_whole_and_independent(way: str, tmp_path: Path) -> None:
+    dense, strength = matrix()
+    holder = Holder(strength)
+    if way == "deepcopy":
+        other = copy.deepcopy(holder)
+    elif way == "torch.save":
+        file = io.BytesIO()
+        torch.save(holder.state_dict(), file)
+        file.seek(0)
+        other = copy.deepcopy(holder)
+        nn.init.zeros_(other.strength.blocks)
+        other.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors.save_file(holder.state_dict(), tmp_path / "model.safetensors")
+        other = copy.deepcopy(holder)
+        nn.init.zeros_(other.strength.blocks)
+        other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    nn.init.zeros_(holder.strength.blocks)
+    assert torch.equal(other.strength.to_dense(), dense)
+    assert isinstance(other.strength.blocks, nn.Parameter)
+
+
+def test_an_optimizer_and_a_module_see_one_parameter() -> None:
+    _, strength = matrix()
+    holder = Holder(strength).float()
+    assert [name for name, _ in holder.named_parameters()] == ["strength.blocks"]
+    before = holder.strength.blocks.detach().clone()
+    optimizer = torch.optim.SGD(holder.parameters(), lr=1.0)
+    spread(holder.strength).sum().backward()
+    optimizer.step()
+    assert holder.strength.blocks.grad is not None
+    assert torch.equal(holder.strength.blocks, before - holder.strength.blocks.grad)
+    holder.to(torch.bfloat16)
+    assert holder.strength.blocks.dtype == torch.bfloat16
+    assert holder.strength.cols.dtype == torch.int32
+    assert holder.to("meta").strength.blocks.is_meta
+
+
+def test_a_plain_tensor_is_a_buffer_and_takes_no_gradient() -> None:
+    _, strength = matrix()
+    fixed = bk.BlockSparse(strength.blocks.detach(), strength.row_offsets, strength.cols)
+    assert not list(fixed.parameters())
+    assert "blocks" in dict(fixed.named_buffers())
+    assert "6 blocks" in repr(fixed) or "blocks of 16 x 16" in repr(fixed)
+
+
+GOOD = {"blocks": torch.zeros(3, 16, 16), "row_offsets": torch.tensor([0, 2, 3]), "cols": torch.tensor([0, 1, 1])}
+FAULTS = [
+    ({"blocks": torch.zeros(3, 8, 8)}, ValueError, r"blocks must be \(Z, P, P\) with P in .*16.*\(3, 8, 8\)"),
+    ({"blocks": torch.zeros(3, 16, 32)}, ValueError, r"blocks must be .*\(3, 16, 32\)"),
+    ({"blocks": torch.zeros(3, 16)}, ValueError, r"blocks must be"),
+    (
+        {"blocks": torch.zeros(3, 16, 16, dtype=torch.int32)},
+        TypeError,
+        r"blocks must be floating point, got torch.int32",
+    ),
+    ({"cols": torch.tensor([0.0, 1, 1])}, TypeError, r"cols must be int32 or int64, got torch.float32"),
+    ({"row_offsets": torch.tensor([0, 2, 3], dtype=torch.int16)}, TypeError, r"row_offsets must be int32 or int64"),
+    ({"cols": torch.tensor([[0, 1, 1]])}, ValueError, r"cols must be 1-D"),
+    ({"cols": torch.tensor([0, 1])}, ValueError, r"cols must have one entry for each of the 3 blocks, got 2"),
+    ({"row_offsets": torch.tensor([0, 2, 4])}, ValueError, r"row_offsets must .*end at the number of blocks 3"),
+    ({"row_offsets": torch.tensor([1, 2, 3])}, ValueError, r"row_offsets must .*ascend from 0"),
+    ({"row_offsets": torch.tensor([0, 4, 3])}, ValueError, r"row_offsets must .*ascend"),
+    ({"row_offsets": torch.tensor([3])}, ValueError, r"row_offsets must"),
+    ({"cols": torch.tensor([0, 2, 1])}, ValueError, r"cols must lie in 0\.\.1, got 0\.\.2"),
+    ({"cols": torch.tensor([-1, 1, 1])}, ValueError, r"cols must lie in 0\.\.1, got -1\.\.1"),
+    ({"cols": torch.tensor([1, 0, 1])}, ValueError, r"cols must ascend within each block row"),
+    ({"cols": torch.tensor([1, 1, 1])}, ValueError, r"cols must ascend within each block row, without repeats"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), FAULTS, ids=[message for _, _, message in FAULTS])
+def test_layouts_that_are_refused(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    bk.BlockSparse(**GOOD)
+    with pytest.raises(error) as raised:
+        bk.BlockSparse(**{**GOOD, **change})
+    assert type(raised.value) is error
+    assert re.search(message, str(raised.value)), str(raised.value)
+
+
+def test_conversions_that_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"dense must be \(N, N\), got shape \(16, 32\)"):
+        bk.BlockSparse.from_dense(torch.zeros(16, 32), 16)
+    with pytest.raises(ValueError, match=r"block_size must be one of .* got 20"):
+        bk.BlockSparse.from_dense(torch.zeros(40, 40), 20)
+    with pytest.raises(ValueError, match="block_size must divide the number of neurons 40, got 16"):
+        bk.BlockSparse.from_dense(torch.zeros(40, 40), 16)
+    with pytest.raises(ValueError, match=r"blocks_per_row must be in 1\.\.4 .*got 5"):
+        bk.BlockSparse.random(64, blocks_per_row=5, block_size=16)
+    with pytest.raises(ValueError, match=r"sparse_bsr tensor, got layout torch.strided"):
+        bk.BlockSparse.from_sparse_bsr(torch.zeros(16, 16))
+    with pytest.raises(ValueError, match=r"square, got shape \(16, 32\)"):
+        bk.BlockSparse.from_sparse_bsr(torch.ones(16, 32).to_sparse_bsr((16, 16)))

@@ -1,0 +1,132 @@
+"""The inverted index: what it lists, that backward passes share it, and that it is never out of date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import bio_kernels as bk
+import pytest
+import torch
+from bio_kernels import _index
+from bio_kernels.testing import active_neurons
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+def listed(idx: Tensor, n: int, count: Tensor | None) -> list[tuple[int, int]]:
+    """(neuron, flat position) of every entry, in the order of the rule; those that are not valid last, as neuron n."""
+    found = []
+    for b, row in enumerate(idx.tolist()):
+        for j, neuron in enumerate(row):
+            valid = 0 <= neuron < n and (count is None or j < int(count[b]))
+            found.append((neuron if valid else n, b * len(row) + j))
+    return sorted(found)
+
+
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 20), st.booleans(), st.integers(0, 99))
+def test_lists_every_entry_once_in_order(batch: int, k: int, n: int, partial: bool, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    idx = torch.randint(-2, n + 2, (batch, k), generator=g)
+    count = torch.randint(k + 1, (batch,), generator=g) if partial else None
+    index = _index.invert(idx, n, count)
+    assert list(zip(index.neuron.tolist(), index.entry.tolist(), strict=True)) == listed(idx, n, count)
+    assert index.neuron.dtype == index.entry.dtype == torch.int32
+
+
+def test_wide_pools_take_wide_keys() -> None:
+    index = _index.invert(torch.tensor([[2**40, 3]]), 2**41)
+    assert index.neuron.tolist() == [3, 2**40]
+    assert index.neuron.dtype == torch.int64
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every index that is really built."""
+    calls: list[int] = []
+    original = _index.invert
+
+    def counted(*args: object) -> _index.InvertedIndex:
+        calls.append(1)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_index, "invert", counted)
+    monkeypatch.setattr(_index, "_recent", [])
+    return calls
+
+
+def test_the_same_idx_is_inverted_once(built: list[int]) -> None:
+    idx, count = active_neurons(3, 20, 5), torch.tensor([5, 2, 0])
+    first = _index.inverted(idx, 20, count)
+    assert _index.inverted(idx, 20, count) is first
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("other", ["n", "count", "no count", "equal idx"])
+def test_anything_else_is_inverted_anew(built: list[int], other: str) -> None:
+    idx, count = active_neurons(3, 20, 5), torch.tensor([5, 2, 0])
+    _index.inverted(idx, 20, count)
+    arguments = {
+        "n": (idx, 21, count),
+        "count": (idx, 20, torch.tensor([5, 5, 5])),
+        "no count": (idx, 20, None),
+        "equal idx": (idx.clone(), 20, count),
+    }[other]
+    index = _index.inverted(*arguments)
+    assert len(built) == 2
+    assert index.neuron.tolist() == [neuron for neuron, _ in listed(*arguments)]
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "copy_": lambda x, new: x.copy_(new),
+    "item": lambda x, new: x.__setitem__(slice(None), new),
+    "view": lambda x, new: x.view(-1).copy_(new.view(-1)),
+    "set_": lambda x, new: x.set_(new),
+    "data": lambda x, new: x.data.copy_(new),
+    "numpy": lambda x, new: x.numpy().__setitem__(slice(None), new.numpy()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_index_that_changed_in_place_is_inverted_anew(change: str) -> None:
+    """What a loader that refills its buffer does. A stale index would train the neurons of the last step."""
+    idx, new = torch.tensor([[0, 1], [2, 3]]), torch.tensor([[4, 5], [4, 6]])
+    for values in (idx.clone(), new):
+        if values is new:
+            CHANGES[change](idx, new)
+        table = torch.zeros(8, 3, requires_grad=True)
+        bk.weighted_rows(table, idx, torch.ones(2, 2)).sum().backward()
+        expected = torch.zeros(8, 3).index_add_(0, values.flatten(), torch.ones(4, 3))
+        assert table.grad is not None
+        assert torch.equal(table.grad, expected)
+
+
+@pytest.mark.parametrize("change", ["copy_", "data", "numpy"])
+def test_a_count_that_changed_in_place_is_seen(change: str) -> None:
+    idx, count, new = torch.tensor([[0, 1, 2]]), torch.tensor([3]), torch.tensor([1])
+    _index.inverted(idx, 8, count)
+    CHANGES[change](count, new)
+    assert _index.inverted(idx, 8, count).neuron.tolist() == [0, 8, 8]
+
+
+def test_backward_passes_of_a_step_share_one_index(built: list[int]) -> None:
+    idx = active_neurons(3, 20, 5)
+    tables = [torch.rand(20, 4, requires_grad=True) for _ in range(3)]
+    sum(bk.weighted_rows(table, idx, torch.ones(3, 5)).sum() for table in tables).backward()  # type: ignore[union-attr]
+    assert len(built) == 1
+
+
+def test_memory_is_given_back(built: list[int]) -> None:
+    """A bounded number of indices is kept, and none keeps the tensor it was built for alive."""
+    for seed in range(30):
+        _index.inverted(active_neurons(2, 20, 5, seed=seed), 20)
+    assert len(_index._recent) <= _index._RECENT
+    assert all(entry[0]() is None for entry in _index._recent[1:])
+
+
+def test_inference_tensors(built: list[int]) -> None:
+    with torch.inference_mode():
+        idx = active_neurons(2, 20, 5)
+        assert _index.inverted(idx, 20).neuron.tolist() == sorted(idx.flatten().tolist())
+        idx.copy_(torch.zeros_like(idx))
+        assert _index.inverted(idx, 20).neuron.tolist() == [0] * 10
