@@ -136,9 +136,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("bio-kernels: ours against the best peer")
     threads = f"{session.threads} thread" + ("s" if session.threads != 1 else "")
     write(f"device {session.device}, {threads}, torch {torch.__version__}; ratio = time of the best peer / ours")
-    write(
-        "memory = peak of that peer / ours; roofline above 100%: data from a cache, or a busier moment when it was measured"
-    )
+    write("memory = peak of that peer / ours; roofline above 100%: data from a cache, or a noisy machine")
     for line in table.closing_lines(session.rows):
         write(line, red="LOSS" in line)
     for text in session.wrong:

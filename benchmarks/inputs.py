@@ -91,8 +91,9 @@ def sprout_patterns(batch: int, n: int, k: int, seed: int) -> Tensor:
     from sprout import data
 
     tokens = next(data.batches(data.encode(data.corpus()), batch_size=batch, window=32, seed=seed + 1))
+    model = _trained_sprout(n, k)
     with torch.no_grad():
-        pattern = _trained_sprout(n, k).settle(tokens).history[-1]
+        pattern = model.settle(tokens).history[-1]
     if bool((pattern.count != k).any()):
         raise RuntimeError(f"every pattern must fill its {k} slots, got {pattern.count.tolist()}")
     return pattern.idx.sort(1).values
@@ -102,8 +103,8 @@ def sprout_patterns(batch: int, n: int, k: int, seed: int) -> Tensor:
 def _trained_sprout(n: int, k: int) -> BrainLikeSprout:
     """A narrow model (D = 64) after 10 batches of 8 windows of next-byte prediction.
 
-    What it has learnt is little, yet samples share neurons as texts share bytes. No neuron is pruned, so that all K slots
-    are in use.
+    What it has learnt is little, yet samples share neurons as texts share bytes. No neuron is pruned, so that all K
+    slots are in use.
     """
     from sprout import BrainLikeSprout, SproutConfig, data
 

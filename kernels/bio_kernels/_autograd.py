@@ -54,6 +54,29 @@ class SegmentRows(Function):
         return rows.to(ctx.dtype), None, None, None, None, None
 
 
+class Once(Function):
+    """An operator of a backward pass, by name: as a Function of its own it runs inside function transforms too."""
+
+    @staticmethod
+    def forward(name: str, *args):
+        return getattr(op, name)(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise NotImplementedError(
+            f"bio_kernels cannot differentiate {ctx.name}: of the operations only topk_gather has second derivatives"
+        )
+
+
+def once(name: str, *args):
+    """``Once``; while torch.compile traces, which differentiates what it traces, the operator itself."""
+    return getattr(op, name)(*args) if torch.compiler.is_compiling() else Once.apply(name, *args)
+
+
 class TopKGather(Function):
     """score (B, N), table (N, D) or (B, N, D) -> gate (B, k), idx (B, k), rows (B, k, D)."""
 
@@ -103,9 +126,9 @@ class WeightedRows(Function):
         if ctx.needs_input_grad[0] and ctx.sparse_grad:
             grad_table = _rows_coo(table, idx, weight, grad_out)
         elif ctx.needs_input_grad[0]:
-            grad_table = op.weighted_rows_backward_table(*args, ctx.backend)
+            grad_table = once("weighted_rows_backward_table", *args, ctx.backend)
         if ctx.needs_input_grad[6]:
-            grad_weight = op.weighted_rows_backward_weight(*args, ctx.backend)
+            grad_weight = once("weighted_rows_backward_weight", *args, ctx.backend)
         return grad_table, None, None, None, None, None, grad_weight, None, None
 
 
@@ -145,14 +168,27 @@ class SparseAttention(Function):
     def backward(ctx, grad_out: Tensor, _: Tensor):
         q, k, v, idx, strength, row_offsets, cols, gate, count, out, lse = ctx.saved_tensors
         layout = (ctx.n, row_offsets, cols, ctx.search_steps)
-        grad_q, grad_k, grad_v, grad_bias, grad_gate = op.sparse_attention_backward(
-            grad_out, q, k, v, idx, strength, *layout, gate, count, ctx.scale, out, lse, ctx.backend
+        grad_q, grad_k, grad_v, grad_bias, grad_gate = once(
+            "sparse_attention_backward",
+            grad_out,
+            q,
+            k,
+            v,
+            idx,
+            strength,
+            *layout,
+            gate,
+            count,
+            ctx.scale,
+            out,
+            lse,
+            ctx.backend,
         )
         grad_strength = None
         if ctx.needs_input_grad[4] and ctx.sparse_grad:
             grad_strength = _pairs_coo(grad_bias.to(strength.dtype), idx, count, ctx.n)
         elif ctx.needs_input_grad[4]:
-            grad_strength = op.pair_gradient(grad_bias, idx, count, strength, *layout, ctx.backend)
+            grad_strength = once("pair_gradient", grad_bias, idx, count, strength, *layout, ctx.backend)
         grad_gate = grad_gate if gate is not None and ctx.needs_input_grad[9] else None
         return grad_q, grad_k, grad_v, None, grad_strength, *(None,) * 4, grad_gate, *(None,) * 4
 

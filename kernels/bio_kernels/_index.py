@@ -3,8 +3,8 @@
 The forward passes go from a sample to its active neurons. Every backward pass that sums into a table, and the
 plasticity rule, go the other way: from a neuron to all the places it was active in. ``invert`` builds that index once
 with a stable sort of B * K keys, so its cost depends on the active neurons and never on the size of the pool, and
-``inverted`` hands the same one to every backward pass that asks for the same ``idx``. Summing along it, one owner per
-neuron, needs no atomics: the order of the terms is fixed, and so are the bits of the result.
+``inverted`` hands the same one to every operation of a backward pass that asks for the same ``idx``. Summing along it,
+one owner per neuron, needs no atomics: the order of the terms is fixed, and so are the bits of the result.
 """
 
 from __future__ import annotations
@@ -67,25 +67,24 @@ def invert(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
     return InvertedIndex(neuron, entry.to(small))
 
 
-_recent: list[tuple[weakref.ref, int, int, weakref.ref | None, int, InvertedIndex]] = []
-_RECENT = 8  # steps of a model whose backward passes run one after another; each entry is 8 bytes an active neuron
+_shared: list[tuple[int, weakref.ref[Tensor], weakref.ref[Tensor] | None, int, InvertedIndex]] = []
+_SHARED = 8  # a model's backward pass works on a few steps at a time; an entry is 8 to 16 bytes an active neuron
 
 
 def inverted(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
-    """``invert``, shared: the same tensors, unchanged since, give the index that was built for them.
+    """``invert``, shared: within one backward pass the same tensors give the index that was built for them.
 
-    While a CUDA graph is captured nothing is shared: a replay must sort what the replay holds.
+    Only there can nothing change an index unseen: between passes a loader may refill it, or a CUDA graph that is
+    replayed, without a trace that could be checked without waiting for the device.
     """
-    capturing = idx.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or idx.is_inference() or (count is not None and count.is_inference()):
+    task = torch._C._current_graph_task_id()
+    if task == -1:
         return invert(idx, n, count)
-    versions = idx._version, (count._version if count is not None else 0)
-    for idx_ref, idx_version, pool, count_ref, count_version, built in _recent:
+    for key, idx_ref, count_ref, pool, built in _shared:
         same_count = count is None if count_ref is None else count_ref() is count
-        if idx_ref() is idx and same_count and pool == n and (idx_version, count_version) == versions:
+        if key == task and idx_ref() is idx and same_count and pool == n:
             return built
     built = invert(idx, n, count)
-    count_ref = None if count is None else weakref.ref(count)
-    _recent.insert(0, (weakref.ref(idx), versions[0], n, count_ref, versions[1], built))
-    del _recent[_RECENT:]
+    _shared.insert(0, (task, weakref.ref(idx), None if count is None else weakref.ref(count), n, built))
+    del _shared[_SHARED:]
     return built

@@ -155,6 +155,8 @@ def add_pairs_(storage: Storage, delta: Tensor, idx: Tensor, count: Tensor | Non
 
 def pair_gradient(delta: Tensor, idx: Tensor, count: Tensor | None, storage: Storage) -> Tensor:
     """Gradient of storage.values from delta (B, K, K) float32, that of its gathered pairs: added up, rounded once."""
-    total = torch.zeros_like(storage.values, dtype=torch.float32)
+    total = torch.zeros(
+        storage.values.shape, dtype=torch.float32, device=delta.device
+    )  # contiguous, as values may not be
     add_pairs_(storage._replace(values=total), delta, idx, count)
     return total.to(storage.values.dtype)

@@ -130,7 +130,7 @@ def _sparse_weight_kernel(
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK // P):
-        block = start + offs // P
+        block = (start + offs // P).to(tl.int64)
         col = tl.load(cols_ptr + block, mask=block < end, other=0).to(tl.int64)
         x = tl.load(values_ptr + block * (P * P) + (neuron % P) * P + offs % P, mask=block < end, other=0.0)
         grad = tl.load(grad_ptr + pid_b * n + col * P + offs % P, mask=block < end, other=0.0)

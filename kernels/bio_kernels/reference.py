@@ -49,7 +49,7 @@ def topk_gather_forward(score: Tensor, table: Tensor, k: int) -> tuple[Tensor, T
         chosen = above | equal
     else:
         chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    idx = chosen.nonzero()[:, 1].view(batch, k)
+    idx = chosen.nonzero()[:, 1].clone().view(batch, k)  # memory of its own, without the column of samples
     gate = score.gather(1, idx)
     flat = _flat_index(idx, n, table.dim() == 3)
     return gate, idx, table.reshape(-1, table.shape[-1]).index_select(0, flat.flatten()).view(batch, k, -1)
