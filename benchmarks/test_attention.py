@@ -47,7 +47,7 @@ def truth(spec: Spec, device: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The dense baseline in float64, of each sample over a pool of its active neurons and SILENT others.
 
     Neurons outside that pool are as silent as those within, which the baseline computes and masks: the whole pool would
-    change nothing but take a minute a sample. Where no dense matrix exists, it is the reference in float64.
+    change nothing and take far longer. Where no dense matrix exists, it is the reference in float64.
     """
     x = {name: in_double(value) for name, value in sets(spec, device)[0].items()}
     grad = x["grad"][0].double()

@@ -159,7 +159,7 @@ def test_interaction_step(direction: str, session, run, check_target) -> None:
         [Contestant(name, step_on(way, model), STEP_LEAVES) for name, way in PLAIN.items()],
         truth,
         *step_cost(direction),
-        not_run={"torch.compile": "a whole step takes minutes to compile on a CPU"},
+        not_run={"torch.compile": "not tried on a whole step"},
         slack=STEP_SLACK,
     )
     if direction == "forward":
@@ -206,7 +206,10 @@ def model_case(session, direction: str) -> Case:
         truth,
         steps * step_bytes,
         steps * step_flops,
-        not_run={"torch.compile": "the whole model takes minutes to compile on a CPU", "dense": "5 steps do not fit"},
+        not_run={
+            "torch.compile": "not tried on the whole model",
+            "dense": "not tried: by estimate, 5 steps need tens of GiB",
+        },
         notes=[f"{steps} interaction steps, windows of {WINDOW} bytes; bytes and FLOPs are those of the steps"],
         slack=100,  # every step feeds the next
     )

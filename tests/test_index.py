@@ -51,30 +51,54 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(_index, "invert", counted)
-    monkeypatch.setattr(_index, "_recent", [])
+    monkeypatch.setattr(_index, "_shared", [])
     return calls
 
 
-def test_the_same_idx_is_inverted_once(built: list[int]) -> None:
+@pytest.fixture
+def within_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 7)
+
+
+@pytest.mark.usefixtures("within_a_backward_pass")
+def in_a_backward_pass(function: Callable[[], object]) -> None:
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: function() and None)
+    y.backward()
+
+
+def test_the_same_idx_is_inverted_once_in_a_backward_pass(built: list[int]) -> None:
     idx, count = active_neurons(3, 20, 5), torch.tensor([5, 2, 0])
-    first = _index.inverted(idx, 20, count)
-    assert _index.inverted(idx, 20, count) is first
+    found: list[_index.InvertedIndex] = []
+    in_a_backward_pass(lambda: found.extend(_index.inverted(idx, 20, count) for _ in range(3)))
+    assert found[0] is found[1] is found[2]
     assert len(built) == 1
+    in_a_backward_pass(lambda: found.append(_index.inverted(idx, 20, count)))
+    assert len(built) == 2, "another pass does not trust what it did not build"
+
+
+def test_outside_of_a_backward_pass_nothing_is_kept(built: list[int]) -> None:
+    idx = active_neurons(3, 20, 5)
+    for calls in (1, 2):
+        _index.inverted(idx, 20)
+        assert len(built) == calls
+    assert not _index._shared
 
 
 @pytest.mark.parametrize("other", ["n", "count", "no count", "equal idx"])
 def test_anything_else_is_inverted_anew(built: list[int], other: str) -> None:
     idx, count = active_neurons(3, 20, 5), torch.tensor([5, 2, 0])
-    _index.inverted(idx, 20, count)
     arguments = {
         "n": (idx, 21, count),
         "count": (idx, 20, torch.tensor([5, 5, 5])),
         "no count": (idx, 20, None),
         "equal idx": (idx.clone(), 20, count),
     }[other]
-    index = _index.inverted(*arguments)
+    found: list[_index.InvertedIndex] = []
+    in_a_backward_pass(lambda: found.extend(_index.inverted(*each) for each in ((idx, 20, count), arguments)))
     assert len(built) == 2
-    assert index.neuron.tolist() == [neuron for neuron, _ in listed(*arguments)]
+    assert found[1].neuron.tolist() == [neuron for neuron, _ in listed(*arguments)]
 
 
 CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -116,12 +140,18 @@ def test_backward_passes_of_a_step_share_one_index(built: list[int]) -> None:
     assert len(built) == 1
 
 
+@pytest.mark.usefixtures("within_a_backward_pass")
 def test_memory_is_given_back(built: list[int]) -> None:
     """A bounded number of indices is kept, and none keeps the tensor it was built for alive."""
-    for seed in range(30):
-        _index.inverted(active_neurons(2, 20, 5, seed=seed), 20)
-    assert len(_index._recent) <= _index._RECENT
-    assert all(entry[0]() is None for entry in _index._recent[1:])
+
+    def many() -> None:
+        for seed in range(30):
+            _index.inverted(active_neurons(2, 20, 5, seed=seed), 20)
+
+    in_a_backward_pass(many)
+    assert len(built) == 30
+    assert 0 < len(_index._shared) <= _index._SHARED
+    assert all(entry[1]() is None for entry in _index._shared)
 
 
 def test_inference_tensors(built: list[int]) -> None:

@@ -69,7 +69,7 @@ def test_gradgradcheck_of_topk_gather() -> None:
 def test_differentiating_twice_is_refused(name: str) -> None:
     function, arguments = functions(inputs())[name]
     grads = torch.autograd.grad(function(*arguments).square().sum(), arguments, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd|differentiate"):
+    with pytest.raises((RuntimeError, NotImplementedError), match="has no derivative; second derivatives end here"):
         sum(grad.sum() for grad in grads).backward()  # type: ignore[union-attr]
 
 
