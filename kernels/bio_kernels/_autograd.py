@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from . import _registration as op
 from ._index import Storage
+from ._operator import transformed
 from .reference import nonzero_entries, wide_dtype
 
 
@@ -75,6 +76,13 @@ class Once(Function):
 def once(name: str, *args):
     """``Once``; while torch.compile traces, which differentiates what it traces, the operator itself."""
     return getattr(op, name)(*args) if torch.compiler.is_compiling() else Once.apply(name, *args)
+
+
+def needed(*inputs: Tensor | None) -> bool:
+    """Whether a Function has anything to do: where nothing asks for a gradient the operator alone is cheaper."""
+    if transformed():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 class TopKGather(Function):

@@ -143,3 +143,13 @@ def finite(**named: Tensor) -> None:
     for name, x in named.items():
         if checking() and bool(x.isnan().any()):
             raise ValueError(f"{name} holds {int(x.isnan().sum())} NaN of {x.numel()} values")
+
+
+def values(
+    idx: Tensor, n: int, count: Tensor | None = None, gate: Tensor | None = None, *, distinct: bool = False
+) -> None:
+    """The checks of values for the dense baseline, which is no operator; while it is traced there are no values."""
+    if not torch.compiler.is_compiling():
+        indices(idx, n, count, distinct)
+        if gate is not None:
+            gates(gate, count)

@@ -18,10 +18,11 @@ from torch import Tensor
 from ._index import Storage, inverted
 from ._storage import locate
 
-# A tile of 2,048 pairs is 16 a thread: all of its irregular loads are in flight at once (estimate, not timed on a GPU).
-TILE_PAIRS = 2048
+# A tile of 1,024 pairs is 8 a thread: their irregular loads are all in flight at once (estimate, not timed on a GPU).
+# Searching the blocks of 2,048 pairs spilled registers (compiled, sm_90).
+TILE_PAIRS = 1024
 TILE_WARPS = 4
-# Pairs of one entry added at once, 128 a warp: up to K = 128 the barrier is one warp's own (an estimate, not timed).
+# Pairs of one entry added at once, 64 a warp: with 128 the search for blocks spilled registers (compiled, sm_90).
 MAX_WALK = 256
 
 
@@ -149,7 +150,7 @@ def add_pairs_(storage: Storage, delta: Tensor, idx: Tensor, count: Tensor | Non
     _add_pairs_kernel[(idx.numel(),)](
         delta_ptr=delta, idx_ptr=idx, count_ptr=count, neuron_ptr=index.neuron, entry_ptr=index.entry,
         values_ptr=storage.values, K=k, entries=idx.numel(), BLOCK_POST=block_post,
-        num_warps=max(1, block_post // 128), **storage_arguments(storage),
+        num_warps=max(1, block_post // 64), **storage_arguments(storage),
     )  # fmt: skip
 
 

@@ -7,15 +7,16 @@ them has a derivative: that is the business of ``_autograd``.
 
 # No `from __future__ import annotations`: torch reads the schemas from the annotations themselves.
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from . import _checks, reference, reference_pairs
 from ._index import Storage
+from ._operator import Operator
 
 
 def _rows(backend: str, file: str) -> ModuleType:
@@ -40,7 +41,7 @@ def _table(
     return table.contiguous() if row_offsets is None else _storage(table, n, row_offsets, cols, search_steps)
 
 
-@custom_op("bio_kernels::topk_gather", mutates_args=())
+@Operator
 def topk_gather(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _checks.finite(score=score)
     if score.shape[0] == 0:
@@ -55,7 +56,7 @@ def _(score: Tensor, table: Tensor, k: int, backend: str) -> tuple[Tensor, Tenso
     return score.new_empty(batch, k), idx, table.new_empty(batch, k, table.shape[-1])
 
 
-@custom_op("bio_kernels::scatter_gate", mutates_args=())
+@Operator
 def scatter_gate(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
     return _rows(backend, "_topk_gather").scatter_gate(grad_gate.contiguous(), idx, n)
 
@@ -65,7 +66,7 @@ def _(grad_gate: Tensor, idx: Tensor, n: int, backend: str) -> Tensor:
     return grad_gate.new_empty(idx.shape[0], n)
 
 
-@custom_op("bio_kernels::segment_rows", mutates_args=())
+@Operator
 def segment_rows(idx: Tensor, values: Tensor, n: int, dtype: torch.dtype, per_sample: bool, backend: str) -> Tensor:
     return _rows(backend, "_segment").segment_rows(idx, values.contiguous(), None, n, dtype, per_sample)
 
@@ -76,7 +77,7 @@ def _(idx: Tensor, values: Tensor, n: int, dtype: torch.dtype, per_sample: bool,
     return values.new_empty(shape, dtype=dtype)
 
 
-@custom_op("bio_kernels::weighted_rows", mutates_args=())
+@Operator
 def weighted_rows(
     table: Tensor,
     n: int,
@@ -98,7 +99,7 @@ def _(table, n, row_offsets, cols, search_steps, idx, weight, backend):
     return table.new_empty(idx.shape[0], table.shape[-1] if row_offsets is None else n)
 
 
-@custom_op("bio_kernels::weighted_rows_backward_weight", mutates_args=())
+@Operator
 def weighted_rows_backward_weight(
     table: Tensor,
     n: int,
@@ -120,7 +121,7 @@ def _(table, n, row_offsets, cols, search_steps, idx, weight, grad_out, backend)
     return weight.new_empty(weight.shape)
 
 
-@custom_op("bio_kernels::weighted_rows_backward_table", mutates_args=())
+@Operator
 def weighted_rows_backward_table(
     table: Tensor,
     n: int,
@@ -142,7 +143,7 @@ def _(table, n, row_offsets, cols, search_steps, idx, weight, grad_out, backend)
     return table.new_empty(table.shape)
 
 
-@custom_op("bio_kernels::sparse_attention", mutates_args=())
+@Operator
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -175,7 +176,7 @@ def _(q, k, v, idx, strength, n, row_offsets, cols, search_steps, gate, count, s
     return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=wide)
 
 
-@custom_op("bio_kernels::sparse_attention_backward", mutates_args=())
+@Operator
 def sparse_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -214,7 +215,7 @@ def _(grad_out, q, k, v, idx, strength, n, row_offsets, cols, search_steps, gate
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias, grad_gate
 
 
-@custom_op("bio_kernels::pair_gradient", mutates_args=())
+@Operator
 def pair_gradient(
     delta: Tensor,
     idx: Tensor,
@@ -235,7 +236,7 @@ def _(delta, idx, count, strength, n, row_offsets, cols, search_steps, backend):
     return strength.new_empty(strength.shape)
 
 
-@custom_op("bio_kernels::update_strength_", mutates_args=("strength",))
+@partial(Operator, mutates=("strength",))
 def update_strength_(
     strength: Tensor,
     n: int,
@@ -260,3 +261,9 @@ def update_strength_(
     impl.update_strength(storage, idx.contiguous(), pre.contiguous(), post.contiguous(), eta, decay, bound, count)
     if storage.values.data_ptr() != strength.data_ptr():  # strided: a copy was updated
         strength.copy_(storage.values)
+    torch.autograd.graph.increment_version(strength)  # below autograd, and in a kernel, nobody else does
+
+
+@update_strength_.register_fake
+def _(strength, n, row_offsets, cols, search_steps, idx, pre, post, eta, decay, bound, count, backend):
+    return None

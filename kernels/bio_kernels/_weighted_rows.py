@@ -4,8 +4,8 @@ Layouts: idx, weight (B, K); out, grad_out (B, M). table: dense (N, M) or (B, N,
 Dense forward: program (b, tile) owns a tile of out_b and adds K rows in chunks. Block-sparse forward: program
 (b, group) owns GROUP block columns of out_b; for a chunk of active neurons it finds each one's first stored block in
 the group by binary search, then steps all of them from block to block, sending each block's row to its place in the
-group by a matrix product with the weights. Blocks that are not stored are not read; a stored value that is not finite
-reaches the whole group (its weight elsewhere in the product is 0, and 0 * inf is NaN).
+group by a matrix product with the weights. Blocks that are not stored are not read; stored values that are not finite
+are added outside the product, where 0 * inf would spread.
 Backward: the gradient of weight is the dot of a row with grad_out_b, program (b, chunk of slots), or (b, slot) if
 block-sparse; the table's gradient is summed by one owner per neuron along the inverted index (see _segment).
 Accumulation is float32 in a fixed order, rounded once, without atomics. An index outside 0 .. N - 1 adds nothing.
@@ -22,8 +22,9 @@ from ._index import Storage
 TILE = 8192  # elements in flight in a program of 8 warps: four (16-bit) or eight (32-bit) loads of 128 bits a thread
 # Block columns of a block-sparse output that one program owns (and the most neurons it handles at once), and elements
 # of their rows it fetches at once. 64 is the height of one warpgroup's tensor-core tile; twice the elements spilled on
-# sm_90 (blocks of 128, tf32x3), and these figures spilled on sm_80, whose operands of a product stay in registers.
-SPARSE = {"sm_90": (64, 4096), "sm_100": (64, 4096), "sm_103": (64, 4096)}
+# sm_90 and sm_100 (blocks of 128, tf32x3), and these figures spilled on sm_80, whose operands of a product stay in
+# registers.
+SPARSE = {"sm_90": (64, 4096), "sm_100": (64, 2048), "sm_103": (64, 2048)}
 SPARSE_OTHER = (32, 2048)
 SPAN = 2048  # elements of a block-sparse row taken at once: 64 blocks of 32
 
@@ -84,6 +85,20 @@ def _first_block(row_offsets_ptr, cols_ptr, row, col, valid, SEARCH_STEPS: tl.co
 
 
 @triton.jit
+def _add_not_finite(acc, x, finite, weight, place, inside, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc (GROUP, P) plus the values of rows x (BLOCK_K, P) that are not finite, each in its own place only."""
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_g = tl.arange(0, GROUP)
+    for j in range(BLOCK_K):
+        mine = (offs_k == j) & inside
+        row = tl.sum(tl.where(mine[:, None] & (finite == 0), x, 0.0), axis=0)  # (P,)
+        there = offs_g == tl.sum(tl.where(mine, place, 0), axis=0)
+        w = tl.sum(tl.where(mine, weight.to(tl.float32), 0.0), axis=0)
+        acc += tl.where(there[:, None] & (row != 0.0)[None, :], w * row[None, :], 0.0)
+    return acc
+
+
+@triton.jit
 def _sparse_forward_kernel(
     values_ptr, row_offsets_ptr, cols_ptr, idx_ptr, weight_ptr, out_ptr, n, slots,
     P: tl.constexpr, SEARCH_STEPS: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,10 +121,14 @@ def _sparse_forward_kernel(
             offset = block * (P * P) + (neuron % P).to(tl.int64) * P
             x = tl.load(values_ptr + offset[:, None] + offs_p[None, :], mask=inside[:, None], other=0.0)  # (BLOCK_K, P)
             send = tl.where(inside[None, :] & (place[None, :] == offs_g[:, None]), weight[None, :], 0.0)
+            wide = x.to(tl.float32)
+            finite = wide - wide == 0.0
             if HALF:
-                acc = tl.dot(send.to(x.dtype), x, acc)
+                acc = tl.dot(send.to(x.dtype), tl.where(finite, x, 0.0), acc)
             else:
-                acc = tl.dot(send.to(tl.float32), x.to(tl.float32), acc, input_precision=PRECISION)
+                acc = tl.dot(send.to(tl.float32), tl.where(finite, wide, 0.0), acc, input_precision=PRECISION)
+            if tl.min(finite.to(tl.int32)) == 0:  # rare: in the product 0 * inf would reach every column of the group
+                acc = _add_not_finite(acc, wide, finite, weight, place, inside, GROUP, BLOCK_K)
             block += inside.to(tl.int64)
             place = tl.load(cols_ptr + block, mask=block < end, other=0) - first
             inside = inside & (block < end) & (place < GROUP)

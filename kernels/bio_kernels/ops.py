@@ -33,16 +33,6 @@ def _values(x: Tensor | BlockSparse) -> Tensor:
     return x.blocks if isinstance(x, BlockSparse) else x
 
 
-def _check_values(
-    idx: Tensor, n: int, count: Tensor | None = None, *, gate: Tensor | None = None, distinct: bool = False
-) -> None:
-    """What the operators check themselves; the dense baseline is no operator, and while it is traced has no values."""
-    if not torch.compiler.is_compiling():
-        _checks.indices(idx, n, count, distinct)
-        if gate is not None:
-            _checks.gates(gate, count)
-
-
 def topk_gather(
     score: Tensor, table: Tensor, k: int, *, sparse_grad: bool = False, backend: str = "auto"
 ) -> TopKGather:
@@ -84,6 +74,8 @@ def topk_gather(
     chosen = resolve(backend, score, table)
     if chosen == "dense":
         return TopKGather(*dense.topk_gather(score, table, k))
+    if not _autograd.needed(score, table):
+        return TopKGather(*_registration.topk_gather(score, table, k, chosen))
     return TopKGather(*_autograd.TopKGather.apply(score, table, k, sparse_grad, chosen))
 
 
@@ -150,11 +142,13 @@ def sparse_attention(
     factor = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
     chosen = resolve(backend, q, None if strength is None else _values(strength), gate)
     if chosen == "dense":
-        _check_values(idx, n, count, gate=gate, distinct=True)
+        _checks.values(idx, n, count, gate, distinct=True)
         if strength is None:  # without a matrix the pool's size is not known: each slot is a neuron of its own
             n, idx = idx.shape[1], torch.arange(idx.shape[1], device=idx.device).expand(idx.shape)
         return dense.sparse_attention(q, k, v, idx, strength, gate, count, factor, n)
     layout = (None, n, None, None, 0) if strength is None else _autograd.storage_args(_storage(strength))
+    if not _autograd.needed(q, k, v, layout[0], gate):
+        return _registration.sparse_attention(q, k, v, idx, *layout, gate, count, factor, chosen)[0]
     sparse_grad = sparse_grad and isinstance(strength, Tensor)
     return _autograd.SparseAttention.apply(q, k, v, idx, *layout, gate, count, factor, sparse_grad, chosen)[0]
 
@@ -206,10 +200,13 @@ def weighted_rows(
         raise ValueError("sparse_grad must be False for a table (B, N, M)")
     chosen = resolve(backend, _values(table), weight)
     if chosen == "dense":
-        _check_values(idx, n)
+        _checks.values(idx, n)
         return dense.weighted_rows(table, idx, weight)
+    layout = _autograd.storage_args(_storage(table))
+    if not _autograd.needed(layout[0], weight):
+        return _registration.weighted_rows(*layout, idx, weight, chosen)
     sparse_grad = sparse_grad and isinstance(table, Tensor)
-    return _autograd.WeightedRows.apply(*_autograd.storage_args(_storage(table)), idx, weight, sparse_grad, chosen)
+    return _autograd.WeightedRows.apply(*layout, idx, weight, sparse_grad, chosen)
 
 
 def update_strength_(
@@ -266,7 +263,7 @@ def update_strength_(
     pre, post = pre.detach(), post.detach()
     with torch.no_grad():
         if chosen == "dense":
-            _check_values(idx, strength.shape[0], count, distinct=True)
+            _checks.values(idx, strength.shape[0], count, distinct=True)
             dense.update_strength(strength, idx, pre, post, eta, decay, bound, count)
         else:
             args = _autograd.storage_args(_storage(strength))

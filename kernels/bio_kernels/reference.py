@@ -39,20 +39,26 @@ def _bag(rows: Tensor, index: Tensor, offsets: Tensor, weight: Tensor | None) ->
 
 
 def topk_gather_forward(score: Tensor, table: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k-th highest value is the threshold; what is above it is in, and of its equals the first ones."""
-    batch, n = score.shape
+    """Of a sort-free top-k only the set counts; where the k-th value is tied, or NaN, ``_lowest_of_ties`` decides."""
+    n = score.shape[1]
+    best = torch.topk(score, min(k + 1, n), dim=1)
+    if k == n or bool((best.values[:, k - 1] > best.values[:, k]).all()):
+        idx = best.indices[:, :k].sort(dim=1).values
+    else:
+        idx = _lowest_of_ties(score, k)
+    gate = score.gather(1, idx)
+    flat = _flat_index(idx, n, table.dim() == 3)
+    return gate, idx, F.embedding(flat, table.reshape(-1, table.shape[-1]))
+
+
+def _lowest_of_ties(score: Tensor, k: int) -> Tensor:
+    """idx (B, k): the k-th highest value is the threshold; what is above it is in, and of its equals the first ones."""
     threshold = torch.topk(score, k, dim=1).values[:, -1:]
     nan = threshold.isnan()
     above = ~((score <= threshold) | nan)
     equal = (score == threshold) | (nan & score.isnan())
-    if batch * k == int(above.sum() + equal.sum()):  # no ties to break
-        chosen = above | equal
-    else:
-        chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    idx = chosen.nonzero()[:, 1].clone().view(batch, k)  # memory of its own, without the column of samples
-    gate = score.gather(1, idx)
-    flat = _flat_index(idx, n, table.dim() == 3)
-    return gate, idx, table.reshape(-1, table.shape[-1]).index_select(0, flat.flatten()).view(batch, k, -1)
+    chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return chosen.nonzero()[:, 1].clone().view(-1, k)  # memory of its own, without the column of samples
 
 
 def _flat_index(idx: Tensor, n: int, per_sample: bool) -> Tensor:

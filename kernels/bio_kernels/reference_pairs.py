@@ -51,15 +51,16 @@ def _weights(gate: Tensor | None, valid: Tensor | None, wide: torch.dtype) -> tu
     return weight, silent if bool(silent.any()) else None
 
 
-def _scores(q: Tensor, k: Tensor, idx: Tensor, storage: Storage | None, scale: float) -> Tensor:
-    """scale * q_i.k_j + strength[idx_j, idx_i]: (B, H, i, j), in q's dtype, which is the wide one."""
-    score = (q * scale) @ k.transpose(-1, -2)
-    if storage is not None and storage.values.numel():
-        offset, present = _locate(storage, idx)
-        bias = storage.values.reshape(-1)[offset].to(q.dtype)
-        bias = bias if present is None else bias.masked_fill(~present, 0)
-        score += bias.transpose(1, 2)[:, None]
-    return score
+def _bias(idx: Tensor, storage: Storage | None, wide: torch.dtype) -> Tensor | None:
+    """strength[idx_j, idx_i] as (B, 1, receiver i, sender j)."""
+    if storage is None:
+        return None
+    offset, present = _locate(storage, idx)
+    if not storage.values.numel():
+        return torch.zeros(offset.shape, dtype=wide, device=idx.device)[:, None]
+    bias = storage.values.reshape(-1)[offset].to(wide)
+    bias = bias if present is None else bias.masked_fill_(~present, 0)
+    return bias.transpose(1, 2)[:, None]
 
 
 def attention_forward(
@@ -72,26 +73,38 @@ def attention_forward(
     count: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, K, Dh) in v's dtype, and lse (B, H, K), the logarithm of its denominator (inf: none spoke)."""
+    """The output (B, H, K, Dh) in v's dtype, and lse (B, H, K), the logarithm of its denominator (inf: none spoke).
+
+    A gate is a bias of log(gate): torch's fused attention then needs neither the scores nor a rescaling in memory.
+    """
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
-    q, k, values = (_used(x, valid).to(wide) for x in (q, k, v))
-    score = _scores(q, k, _used(idx, valid), storage, scale)
+    q, k, v_wide = (_used(x, valid).to(wide) for x in (q, k, v))
     weight, silent = _weights(gate, valid, wide)
-    if silent is not None:
-        score.masked_fill_(silent, -torch.inf)
-        values = values.masked_fill(silent.transpose(-1, -2), 0)  # of what is silent nothing is heard: no 0 * inf
-    top = score.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0)
-    e = score.sub_(top).exp_()
+    bias = _bias(_used(idx, valid), storage, wide)
     if weight is not None:
-        e *= weight
-    total = e.sum(-1, keepdim=True)
-    lse = torch.where(total == 0, torch.inf, top + total.log())[..., 0]
-    out = (e @ values) / torch.where(total == 0, 1.0, total)
+        bias = weight.log() if bias is None else bias + weight.log()
+    elif silent is not None and bias is None:
+        bias = torch.zeros_like(silent, dtype=wide)
+    if silent is not None and bias is not None:  # of what is silent nothing is heard, not even 0 * inf
+        bias = bias.masked_fill(silent, -torch.inf)
+        k, v_wide = (x.masked_fill(silent.transpose(-1, -2), 0) for x in (k, v_wide))
+    out, lse = _fused_attention(q, k, v_wide, bias, scale)
+    deaf = None if bias is None else bias.amax(-1).expand(-1, -1, q.shape[2]) == -torch.inf  # (B, 1, K)
+    if deaf is not None and bool(deaf.any()):
+        out, lse = out.masked_fill(deaf[..., None], 0), lse.masked_fill(deaf, torch.inf)
     if valid is not None:
-        out.masked_fill_(~valid[:, None, :, None], 0)
-        lse.masked_fill_(~valid[:, None], torch.inf)
+        out, lse = _used(out, valid), lse.masked_fill(~valid[:, None], torch.inf)
     return out.to(v.dtype), lse
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention with bias (B, 1, 1 or K, K), and the log-sum-exp of its scores."""
+    mask = None if bias is None else bias.expand(-1, q.shape[1], q.shape[2], -1)
+    if q.is_cpu and q.numel():
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    score = (q * scale) @ k.transpose(-1, -2)
+    score = score if mask is None else score + mask
+    return torch.softmax(score, -1) @ v, score.logsumexp(-1)
 
 
 def attention_backward(
@@ -110,7 +123,9 @@ def attention_backward(
     """Gradients of q, k, v; of the bias, (B, K pre, K post) in the wide dtype; and of the gates (B, K)."""
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
     wq, wk, wv, grad, wout = (_used(x, valid).to(wide) for x in (q, k, v, grad_out, out))
-    e = _scores(wq, wk, _used(idx, valid), storage, scale).sub_(lse[..., None]).exp_()
+    bias = _bias(_used(idx, valid), storage, wide)
+    e = (wq * scale) @ wk.transpose(-1, -2)
+    e = (e if bias is None else e.add_(bias)).sub_(lse[..., None]).exp_()
     d = (grad @ wv.transpose(-1, -2)).sub_((grad * wout).sum(-1, keepdim=True))
     weight, silent = _weights(gate, valid, wide)
     if weight is None:
@@ -165,13 +180,19 @@ def update_strength(
     offset, kept = _pairs(storage, idx, count)
     if offset.numel() == 0:
         return
-    touched, inverse = torch.unique(offset, return_inverse=True)
-    old = flat[touched].to(wide)
-    pre, post = pre.to(wide)[:, :, None], post.to(wide)[:, None, :]
-    change, forget = pre * post, (post * post).expand(-1, idx.shape[1], -1)
-    change, forget = (x.flatten() if kept is None else x.flatten()[kept] for x in (change, forget))
-    hebb, oja = torch.zeros_like(old), torch.zeros_like(old)
-    add_(hebb, inverse.flatten(), change)
-    add_(oja, inverse.flatten(), forget)
-    new = old + eta / idx.shape[0] * (hebb - decay * oja * old)
-    flat[touched] = (new if bound is None else new.clamp(-bound, bound)).to(flat.dtype)
+    pre, post = (x.to(wide) for x in (_used(pre, _valid(idx, count)), _used(post, _valid(idx, count))))
+    change = (eta / idx.shape[0] * pre)[:, :, None] * post[:, None, :]
+    change = change.flatten() if kept is None else change.flatten()[kept]
+    if decay:
+        forget = (eta / idx.shape[0] * decay * post.square())[:, None, :].expand(-1, idx.shape[1], -1)
+        forget = forget.reshape(-1) if kept is None else forget.reshape(-1)[kept]
+        change.addcmul_(forget, flat[offset].to(wide), value=-1)
+    if flat.dtype == wide:
+        add_(flat, offset, change)
+        if bound is not None:
+            flat[offset] = flat[offset].clamp_(-bound, bound)  # pairs that repeat write the same value
+        return
+    touched, inverse = torch.unique(offset, return_inverse=True)  # summed apart, to be rounded once
+    new = flat[touched].to(wide)
+    add_(new, inverse, change)
+    flat[touched] = (new if bound is None else new.clamp_(-bound, bound)).to(flat.dtype)
