@@ -24,7 +24,7 @@ TILE = 8192  # elements in flight in a program of 8 warps: four (16-bit) or eigh
 # of their rows it fetches at once. 64 is the height of one warpgroup's tensor-core tile; twice the elements spilled on
 # sm_90 and sm_100 (blocks of 128, tf32x3), and these figures spilled on sm_80, whose operands of a product stay in
 # registers.
-SPARSE = {"sm_90": (64, 4096), "sm_100": (64, 2048), "sm_103": (64, 2048)}
+SPARSE = {"sm_90": (64, 2048), "sm_100": (64, 2048), "sm_103": (64, 2048)}
 SPARSE_OTHER = (32, 2048)
 SPAN = 2048  # elements of a block-sparse row taken at once: 64 blocks of 32
 
