@@ -34,8 +34,9 @@ TORCH_FILES = {
     "reference": {"_index"},
     "reference_pairs": {"_index", "reference"},
     "testing": {"block_sparse"},
-    "_registration": {"_index", "_backend", "_checks", "reference", "reference_pairs"},
-    "_autograd": {"_registration", "_index", "reference"},
+    "_operator": set(),
+    "_registration": {"_index", "_checks", "_operator", "reference", "reference_pairs"},
+    "_autograd": {"_registration", "_operator", "_index", "reference"},
     "ops": {"_autograd", "_registration", "_checks", "dense", "block_sparse", "_backend", "_index"},
     "__init__": {"_backend", "block_sparse", "ops"},
 }

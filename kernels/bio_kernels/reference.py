@@ -80,6 +80,10 @@ def segment_rows(
     """
     (batch, k), width = idx.shape, values.shape[-1]
     rows = n * batch if per_sample else n
+    if values.is_cpu and values.dim() == 3 and weight is None and values.dtype == wide_dtype(values.dtype):
+        out = values.new_zeros(rows, width)  # rows as they are, one after another: no index is needed for that order
+        out.index_add_(0, _flat_index(idx, n, per_sample).flatten(), values.reshape(-1, width))
+        return out.to(dtype).view(batch, n, width) if per_sample else out.to(dtype)
     keys, entry = inverted(_flat_index(idx, n, per_sample), rows)
     offsets = torch.searchsorted(keys, torch.arange(rows, device=idx.device, dtype=keys.dtype))
     ordered = None if weight is None else weight.flatten()[entry].to(wide_dtype(values.dtype))

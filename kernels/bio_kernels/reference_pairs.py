@@ -58,9 +58,9 @@ def _bias(idx: Tensor, storage: Storage | None, wide: torch.dtype) -> Tensor | N
     offset, present = _locate(storage, idx)
     if not storage.values.numel():
         return torch.zeros(offset.shape, dtype=wide, device=idx.device)[:, None]
-    bias = storage.values.reshape(-1)[offset].to(wide)
+    bias = torch.take(storage.values, offset).to(wide)  # along rows of the matrix: neighbours in memory
     bias = bias if present is None else bias.masked_fill_(~present, 0)
-    return bias.transpose(1, 2)[:, None]
+    return bias.transpose(1, 2).contiguous()[:, None]  # as the fused attention reads it fastest
 
 
 def attention_forward(
@@ -120,7 +120,37 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v; of the bias, (B, K pre, K post) in the wide dtype; and of the gates (B, K)."""
+    """Gradients of q, k, v; of the bias, (B, K pre, K post) in the wide dtype; and of the gates (B, K).
+
+    On a CPU one sample at a time, so that its H * K * K scores stay in cache.
+    """
+    if not q.is_cpu or q.shape[0] < 2:
+        return _attention_backward(grad_out, q, k, v, idx, storage, gate, count, scale, out, lse)
+    samples = []
+    for b in range(q.shape[0]):
+        at = slice(b, b + 1)
+        one_gate, one_count = None if gate is None else gate[at], None if count is None else count[at]
+        one = grad_out[at], q[at], k[at], v[at], idx[at]
+        samples.append(_attention_backward(*one, storage, one_gate, one_count, scale, out[at], lse[at]))
+    grad_q, grad_k, grad_v, grad_bias, grad_gate = zip(*samples, strict=True)
+    grad_bias = None if storage is None else torch.cat(grad_bias)
+    grad_gate = None if gate is None else torch.cat(grad_gate)
+    return torch.cat(grad_q), torch.cat(grad_k), torch.cat(grad_v), grad_bias, grad_gate
+
+
+def _attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    storage: Storage | None,
+    gate: Tensor | None,
+    count: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
     wq, wk, wv, grad, wout = (_used(x, valid).to(wide) for x in (q, k, v, grad_out, out))
     bias = _bias(_used(idx, valid), storage, wide)
