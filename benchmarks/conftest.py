@@ -119,6 +119,8 @@ def check_target(request: pytest.FixtureRequest, session: Session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     session = config.stash[_SESSION]
+    for private in ("node", "release"):  # results are published: what kind of machine, not which one
+        machine_info.pop(private, None)
     machine_info["backend"] = backend_info()
     machine_info["threads"] = session.threads
     machine_info["cores"] = os.cpu_count()
