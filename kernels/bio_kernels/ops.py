@@ -54,7 +54,7 @@ def topk_gather(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the backend asked for cannot run here; of more than 8192 neurons Triton selects at most 4096.
 
     Gradients: gate -> score, rows -> table (rows chosen by several samples add); twice differentiable.
     Determinism: the same bits every time, on every backend; idx is the same on all of them.

@@ -1,7 +1,7 @@
 """The operations on rows of a table, in plain torch at sparse cost, on any device; the CPU path. Equations: ``ops``.
 
 Same names and signatures as the launchers in the Triton files, so that an operator takes either. Sums are float32
-(float64 for float64 inputs). Everything that adds rows is one weighted bag: on a CPU ``embedding_bag`` reads each row
+(float64 for float64 inputs). Weighted sums of rows are one bag: on a CPU ``embedding_bag`` reads each row
 once and never materialises the gathered rows, and run over the inverted index it sums gradients just as well. The order
 of its terms is fixed, so results are the same bits every time.
 """
