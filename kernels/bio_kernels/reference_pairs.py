@@ -21,8 +21,14 @@ def _locate(storage: Storage, idx: Tensor) -> tuple[Tensor, Tensor | None]:
     p, tiles, (row_offsets, cols) = storage.block_size, storage.n // storage.block_size, storage.layout
     keys = torch.repeat_interleave(torch.arange(tiles, device=idx.device), row_offsets.diff()) * tiles + cols
     wanted = (idx // p)[:, :, None] * tiles + (idx // p)[:, None, :]
-    z = torch.searchsorted(keys, wanted)
-    present = (z < keys.numel()) & (keys[z.clamp(max=max(keys.numel() - 1, 0))] == wanted if keys.numel() else False)
+    if tiles * tiles <= wanted.numel():  # a table of all blocks is made faster than as many searches
+        block = torch.full((tiles * tiles,), -1, device=idx.device)
+        block[keys] = torch.arange(keys.numel(), device=idx.device)
+        z = block[wanted]
+        present = z >= 0
+    else:
+        z = torch.searchsorted(keys, wanted)
+        present = (z < keys.numel()) & (keys[z.clamp(max=keys.numel() - 1)] == wanted if keys.numel() else False)
     offset = z * p * p + (idx % p)[:, :, None] * p + (idx % p)[:, None, :]
     return torch.where(present, offset, 0), present
 
@@ -124,33 +130,17 @@ def attention_backward(
 
     On a CPU one sample at a time, so that its H * K * K scores stay in cache.
     """
-    if not q.is_cpu or q.shape[0] < 2:
-        return _attention_backward(grad_out, q, k, v, idx, storage, gate, count, scale, out, lse)
-    samples = []
-    for b in range(q.shape[0]):
-        at = slice(b, b + 1)
-        one_gate, one_count = None if gate is None else gate[at], None if count is None else count[at]
-        one = grad_out[at], q[at], k[at], v[at], idx[at]
-        samples.append(_attention_backward(*one, storage, one_gate, one_count, scale, out[at], lse[at]))
-    grad_q, grad_k, grad_v, grad_bias, grad_gate = zip(*samples, strict=True)
-    grad_bias = None if storage is None else torch.cat(grad_bias)
-    grad_gate = None if gate is None else torch.cat(grad_gate)
-    return torch.cat(grad_q), torch.cat(grad_k), torch.cat(grad_v), grad_bias, grad_gate
-
-
-def _attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    storage: Storage | None,
-    gate: Tensor | None,
-    count: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    if q.is_cpu and q.shape[0] > 1:
+        samples = []
+        for b in range(q.shape[0]):
+            at = slice(b, b + 1)
+            one = grad_out[at], q[at], k[at], v[at], idx[at]
+            one_gate, one_count = None if gate is None else gate[at], None if count is None else count[at]
+            samples.append(attention_backward(*one, storage, one_gate, one_count, scale, out[at], lse[at]))
+        grad_q, grad_k, grad_v, grad_bias, grad_gate = zip(*samples, strict=True)
+        grad_bias = None if storage is None else torch.cat(grad_bias)
+        grad_gate = None if gate is None else torch.cat(grad_gate)
+        return torch.cat(grad_q), torch.cat(grad_k), torch.cat(grad_v), grad_bias, grad_gate
     wide, valid = wide_dtype(q.dtype), _valid(idx, count)
     wq, wk, wv, grad, wout = (_used(x, valid).to(wide) for x in (q, k, v, grad_out, out))
     bias = _bias(_used(idx, valid), storage, wide)
