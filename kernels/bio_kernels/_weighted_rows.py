@@ -21,10 +21,9 @@ from ._index import Storage
 
 TILE = 8192  # elements in flight in a program of 8 warps: four (16-bit) or eight (32-bit) loads of 128 bits a thread
 # Block columns of a block-sparse output that one program owns (and the most neurons it handles at once), and elements
-# of their rows it fetches at once. 64 is the height of one warpgroup's tensor-core tile; twice the elements spilled on
-# sm_90 and sm_100 (blocks of 128, tf32x3), and these figures spilled on sm_80, whose operands of a product stay in
-# registers.
-SPARSE = {"sm_90": (64, 2048), "sm_100": (64, 2048), "sm_103": (64, 2048)}
+# of their rows it fetches at once. 64 is the height of one warpgroup's tensor-core tile; twice the elements spilled
+# (float32; Triton 3.6 and 3.7), and these figures spilled more on sm_80, whose operands of a product stay in registers.
+SPARSE = {"sm_90": (64, 1024), "sm_100": (64, 2048), "sm_103": (64, 2048)}
 SPARSE_OTHER = (32, 2048)
 SPAN = 2048  # elements of a block-sparse row taken at once: 64 blocks of 32
 
@@ -215,7 +214,7 @@ def _sparse_forward(storage: Storage, idx: Tensor, weight: Tensor) -> Tensor:
         values_ptr=values, row_offsets_ptr=storage.row_offsets, cols_ptr=storage.cols, idx_ptr=idx, weight_ptr=weight,
         out_ptr=out, n=n, slots=slots, P=p, SEARCH_STEPS=storage.search_steps,
         HALF=values.dtype == weight.dtype != torch.float32, PRECISION=precision,
-        GROUP=group, BLOCK_K=min(group, tile // p), num_warps=4,
+        GROUP=group, BLOCK_K=max(16, min(group, tile // p)), num_warps=4,
     )  # fmt: skip
     return out
 
