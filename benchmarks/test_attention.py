@@ -151,9 +151,13 @@ def contestants(spec: Spec, session, case: Case) -> list[Contestant]:
 def _flex(session) -> Contestant:
     compiled = torch.compile(flex_attention, dynamic=False)
     directions = DIRECTIONS if session.cuda else ("forward",)  # on a CPU torch refuses its backward
-    return session.compiler.timed(
-        "FlexAttention", lambda x: peers.flex_attention(compiled, x), PEER_LEAVES, directions=directions
-    )
+
+    def run(x: Inputs) -> tuple[Tensor, ...]:
+        if not session.cuda:  # there it also refuses what could be differentiated
+            x = {name: value.detach() if isinstance(value, Tensor) else value for name, value in x.items()}
+        return peers.flex_attention(compiled, x)
+
+    return session.compiler.timed("FlexAttention", run, PEER_LEAVES, directions=directions)
 
 
 def test_sparse_attention(spec: Spec, session, run) -> None:
