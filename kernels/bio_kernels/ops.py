@@ -106,7 +106,7 @@ def sparse_attention(
         count: (B,) int32 or int64 in 0..K: only the first count[b] slots are read, the others' output is 0. None: all.
         scale: factor of q.k; None for Dh ** -0.5.
         sparse_grad: the gradient of a dense strength arrives as a torch.sparse_coo tensor of B*K*K entries, not
-            coalesced. The dense backend ignores it.
+            coalesced. No effect on a BlockSparse, nor on the dense backend.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:
@@ -166,7 +166,8 @@ def weighted_rows(
         idx: (B, K) int32 or int64 in 0..N-1; repeats add.
         weight: (B, K) float, dimensionless; its own dtype.
         sparse_grad: the gradient of a (N, M) table arrives as a torch.sparse_coo tensor of B*K rows (on a CPU, of
-            single entries if most of out's gradient is 0), not coalesced. The dense backend ignores it.
+            single entries if most of out's gradient is 0), not coalesced. No effect on a BlockSparse, nor on the dense
+            backend.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:
