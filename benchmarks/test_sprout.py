@@ -29,7 +29,7 @@ NAIVE = "gather + einsum model"
 PLAIN = {NAIVE: naive_operations, "embedding_bag + SDPA model": fused_operations}
 FUSED = "dense with fused attention"
 STEP_SLACK = 10  # a normalisation, attention, a GRU and a gate in a row
-STEP_LEAVES = ("states", "score", "drift", "signatures", "strength")
+STEP_LEAVES = ("states", "score", "drift", "key", "value", "signatures", "strength")
 
 
 def build(seed: int = 0, **changes: Any) -> BrainLikeSprout:
@@ -75,7 +75,8 @@ def model_and_tokens(device: str) -> tuple[BrainLikeSprout, BrainLikeSprout, lis
 def take_step(model: BrainLikeSprout, x: Inputs) -> tuple[Tensor, ...]:
     """States, gates and neurons after one interaction step."""
     wiring = sprout.pool.Wiring(x["signatures"], x["strength"], x["strength"])
-    states, pattern = model.interaction.step(x["states"], x["pattern"], x["score"], x["drift"], wiring)
+    stimulus = sprout.interaction.Stimulus(x["score"], x["drift"], x["key"], x["value"], None)
+    states, pattern = model.interaction.step(x["states"], x["pattern"], stimulus, wiring)
     return states, pattern.gate, pattern.idx
 
 
@@ -85,7 +86,9 @@ def step_inputs(model: BrainLikeSprout, tokens: Tensor) -> Inputs:
     generator = torch.Generator().manual_seed(1)
     grad = [torch.randn(t.shape, generator=generator).to(t) for t in (start.states, start.pattern.gate)]
     pool = {"signatures": model.pool.neuron_signatures, "strength": model.pool.connection_strength}
-    float_inputs = {"states": start.states, "score": start.score, "drift": start.drift} | pool
+    stimulus = model.interaction.stimulus(start)
+    float_inputs = {"states": start.states, "score": start.score, "drift": start.drift}
+    float_inputs |= {"key": stimulus.key, "value": stimulus.value} | pool
     moved = {name: t.detach().requires_grad_() for name, t in float_inputs.items()}
     pattern = start.pattern._replace(gate=start.pattern.gate.detach())
     return moved | {"pattern": pattern, "grad": tuple(grad), "cuda": tokens.is_cuda}
@@ -108,14 +111,14 @@ def step_on(operations: Callable[[], AbstractContextManager], model: BrainLikeSp
 def step_cost(direction: str) -> tuple[int, int]:
     """Bytes and FLOPs of a step, forward; both: three times that (two products backward for one forward).
 
-    Read: qkv and GRU weights 9 D D, B K K strengths of the bias, B K rows of N for the drive, B N scores, B R rows of
-    D; read and write the states three times.
-    FLOPs: 18 B K D D of the linear maps, 4 B K K D of the attention, 2 B K N of the drive.
+    Read: qkv, look and GRU weights 10 D D, B K K strengths of the bias, B K rows of N for the drive, B N scores, B R
+    rows of D, keys and values of B T tokens; read and write the states three times.
+    FLOPs: 20 B K D D of the linear maps, 4 B K (K + T) D of the attentions, 2 B K N of the drive.
     """
     b, n, k, d = BATCH, N, K, SHAPE["d_state"]
     recruits = SproutConfig().recruits_per_step
-    values = 9 * d * d + b * k * k + b * k * n + b * n + b * recruits * d + 6 * b * k * d
-    flops = 18 * b * k * d * d + 4 * b * k * k * d + 2 * b * k * n
+    values = 10 * d * d + b * k * k + b * k * n + b * n + b * recruits * d + 2 * b * WINDOW * d + 6 * b * k * d
+    flops = 20 * b * k * d * d + 4 * b * k * (k + WINDOW) * d + 2 * b * k * n
     return (4 * values, flops) if direction == "forward" else (12 * values, 3 * flops)
 
 

@@ -23,12 +23,15 @@ class SproutConfig:
     n_heads: heads of the encoder's and of the neurons' attention.
     n_encoder_layers: Transformer layers that read the tokens.
     max_seq_len: longest input in tokens.
+    causal: tokens see earlier ones only; prefix mode and generation need it.
     dropout: fraction of the encoder's activations dropped in training.
     recruits_per_step: silent neurons that may enter in one step.
     recruit_threshold: a silent neuron enters when sigmoid(drive) is above it (a gate, dimensionless).
     newcomer_scale: a newcomer's gate is this fraction of sigmoid(drive).
     prune_threshold: a neuron leaves when its gate is below this fraction of the mean gate of its sample's active ones.
     hysteresis: bonus of an incumbent's gate over a newcomer's when they compete for a slot (a gate, dimensionless).
+    turnover_decay: how a pattern hardens, a fraction per step: in step t (0, 1, ...) the pruning threshold is
+        prune_threshold * turnover_decay^t, and a newcomer needs 1 - (1 - recruit_threshold) * turnover_decay^t.
     min_active: neurons that stay however weak they are.
     connection: "dense", one (N, N) matrix, or "block_sparse", a fixed number of stored blocks per block row.
     blocks_per_row, block_size: layout of the block-sparse matrix; without effect on a dense one.
@@ -44,12 +47,14 @@ class SproutConfig:
     n_heads: int = 8
     n_encoder_layers: int = 2
     max_seq_len: int = 512
+    causal: bool = True
     dropout: float = 0.0
     recruits_per_step: int = 16
-    recruit_threshold: float = 0.45
+    recruit_threshold: float = 0.5
     newcomer_scale: float = 0.5
     prune_threshold: float = 0.7
     hysteresis: float = 0.1
+    turnover_decay: float = 0.7
     min_active: int = 8
     connection: str = "dense"
     blocks_per_row: int = 8
@@ -66,8 +71,10 @@ class SproutConfig:
         self._check_int("min_active", 1, "initial_sparsity")
         for name in ("dropout", "recruit_threshold", "prune_threshold"):
             self._check_float(name, "0 <= {0} < 1", lambda x: 0 <= x < 1)
-        self._check_float("newcomer_scale", "0 < {0} <= 1", lambda x: 0 < x <= 1)
+        for name in ("newcomer_scale", "turnover_decay"):
+            self._check_float(name, "0 < {0} <= 1", lambda x: 0 < x <= 1)
         self._check_float("hysteresis", "{0} >= 0 and finite", lambda x: x >= 0)
+        self._check_choice("causal", (True, False))
         self._check_choice("connection", CONNECTIONS)
         self._check_choice("backend", BACKENDS)
         if self.d_state % self.n_heads:

@@ -21,19 +21,27 @@ class Activation(NamedTuple):
     states: (B, K, D), states of the active neurons; padding slots hold finite values without meaning.
     score: (B, N), how well the input matches each neuron.
     drift: (B, D), W_in z, what the input adds to the signature of every neuron that wakes up.
+    tokens: (S, T, D), the encoded tokens, which the active neurons look at; B = S * G, pattern g of sample s in row
+        s * G + g, G = T in prefix mode and else 1.
+    hidden: (G, T) or (S, G, T) bool, which tokens a pattern's neurons may not see; None: none.
     """
 
     pattern: ActivationPattern
     states: Tensor
     score: Tensor
     drift: Tensor
+    tokens: Tensor
+    hidden: Tensor | None
 
 
 class InputToActivation(nn.Module):
     """tokens (B, T) -> Activation: embedding, Transformer, attention pooling to z, the neurons nearest to z.
 
-    z = LayerNorm(sum_t softmax_t(query . h_t) h_t);  score_n = z . signature_n / sqrt(D) + threshold_n;
+    z = LayerNorm(h_e + pooled_e), e the last token and pooled = multi-head attention from h_e to every h;
+    score_n = z . signature_n / sqrt(D) + threshold_n;
     the initial_sparsity highest scores are active with gate = sigmoid(score) and state = signature + W_in z.
+    With config.causal no token sees a later one, so that the input's prefixes can be read all at once, each as if alone.
+    The last token asks, because where it stands matters most for what comes next.
     """
 
     def __init__(self, config: SproutConfig) -> None:
@@ -47,35 +55,75 @@ class InputToActivation(nn.Module):
             )
             for _ in range(config.n_encoder_layers)
         )
-        self.query = nn.Linear(d, 1, bias=False)
+        self.pooling = nn.MultiheadAttention(d, config.n_heads, batch_first=True, bias=False)
         self.norm = nn.LayerNorm(d)
         self.w_in = nn.Linear(d, d, bias=False)
 
-    def read(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The input as one vector z.
+    def read(self, tokens: Tensor, attention_mask: Tensor | None = None, *, all_positions: bool = False) -> Tensor:
+        """The input as one vector z, or every prefix of it as one.
 
         Args: tokens (B, T) int64 in 0..vocab_size-1, 1 <= T <= max_seq_len; attention_mask (B, T) bool or integer,
-            nonzero for tokens, 0 for padding on either side; a token's position counts the tokens before it.
-        Returns: z (B, D). Raises: TypeError, ValueError as ``check_tokens`` does. Gradients: every parameter read.
+            nonzero for tokens, 0 for padding on either side; a token's position counts the tokens before it;
+            all_positions, needs config.causal.
+        Returns: z (B, D); with all_positions (B, T, D), [:, t] the z of tokens[:, :t+1], without meaning at padding.
+        Raises: TypeError, ValueError as ``check_tokens`` does. Gradients: every parameter read.
         """
-        check_tokens(tokens, attention_mask, self.config)
+        z = self.encode(tokens, attention_mask, all_positions=all_positions)[0]
+        return z if all_positions else z.squeeze(1)
+
+    def encode(
+        self, tokens: Tensor, attention_mask: Tensor | None = None, *, all_positions: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z (B, G, D), the encoded tokens (B, T, D), and which of them are hidden; see ``read`` and ``Activation``."""
+        check_tokens(tokens, attention_mask, self.config, all_positions)
         real = None if attention_mask is None else attention_mask != 0
         if real is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
         h = self.embedding(tokens) + self.position(positions)
+        hidden = self._hidden(tokens.shape[1], real, tokens.device)
         for layer in self.layers:
-            h = layer(h, src_key_padding_mask=None if real is None else ~real)
-        weight = self.query(h).squeeze(-1)
-        if real is not None:  # the lowest finite number, not -inf: softmax of a row without tokens stays finite
-            weight = weight.masked_fill(~real, torch.finfo(weight.dtype).min)
-        return self.norm((weight.softmax(1).unsqueeze(1) @ h).squeeze(1))
+            h = layer(h, src_mask=self._per_head(hidden))
+        asks = h
+        if not all_positions:  # the last token of each sample
+            last = torch.full_like(tokens[:, 0], -1) if real is None else positions.argmax(1)
+            asks = h[torch.arange(len(tokens), device=tokens.device), last].unsqueeze(1)
+            hidden = None if real is None else ~real.unsqueeze(1)
+        pooled = self.pooling(asks, h, h, attn_mask=self._per_head(hidden), need_weights=False)[0]
+        return self.norm(asks + pooled), h, hidden
 
-    def forward(self, tokens: Tensor, pool: GlobalNeuronPool, attention_mask: Tensor | None = None) -> Activation:
-        """What the tokens wake up in the pool; arguments and errors as in ``read``."""
+    def _hidden(self, length: int, real: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which tokens (last axis) a token may not see: (T, T) or (B, T, T); each sees itself, also as padding."""
+        later = None
+        if self.config.causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        if real is None:
+            return later
+        hidden = ~real.unsqueeze(1) & ~torch.eye(length, dtype=torch.bool, device=device)
+        return hidden if later is None else hidden | later
+
+    def _per_head(self, hidden: Tensor | None) -> Tensor | None:
+        """The mask as torch's layers take it: one for all, or one for each sample and head."""
+        if hidden is None or hidden.dim() == 2:
+            return hidden
+        return hidden.repeat_interleave(self.config.n_heads, 0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        pool: GlobalNeuronPool,
+        attention_mask: Tensor | None = None,
+        *,
+        all_positions: bool = False,
+    ) -> Activation:
+        """What the tokens wake up in the pool; arguments and errors as in ``read``.
+
+        Returns: an Activation of B samples; with all_positions of B * T, prefix t of sample b in row b * T + t.
+        """
         config = self.config
-        z = self.read(tokens, attention_mask)
+        z, encoded, hidden = self.encode(tokens, attention_mask, all_positions=all_positions)
+        z = z.flatten(0, 1)
         score, drift = pool.score(z), self.w_in(z)
         first = bio_kernels.topk_gather(score, pool.neuron_signatures, config.initial_sparsity, backend=config.backend)
         padding = config.final_sparsity - config.initial_sparsity
@@ -86,18 +134,22 @@ class InputToActivation(nn.Module):
             config.n_neurons,
         )
         states = F.pad(first.rows + drift.unsqueeze(1), (0, 0, 0, padding))
-        return Activation(pattern, states, score, drift)
+        return Activation(pattern, states, score, drift, encoded, hidden)
 
     def extra_repr(self) -> str:
         return f"initial_sparsity={self.config.initial_sparsity}, max_seq_len={self.config.max_seq_len}"
 
 
-def check_tokens(tokens: Tensor, attention_mask: Tensor | None, config: SproutConfig) -> None:
+def check_tokens(
+    tokens: Tensor, attention_mask: Tensor | None, config: SproutConfig, all_positions: bool = False
+) -> None:
     """Refuses what the encoder cannot read, naming the argument, what was given and what is allowed.
 
     Raises: TypeError for a wrong dtype; ValueError for a wrong shape, and, outside torch.compile and on CPU tensors
         (elsewhere it would wait for the device), for tokens outside the vocabulary and rows without any token.
     """
+    if all_positions and not config.causal:
+        raise ValueError("all_positions=True needs a model with causal=True: here every token sees the later ones")
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.dim() != 2 or 0 in tokens.shape or tokens.shape[1] > config.max_seq_len:

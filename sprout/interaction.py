@@ -7,6 +7,8 @@ is touched twice a step, by the drive (B, N) that recruits and by the rows that 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import bio_kernels
 import torch
 import torch.nn.functional as F
@@ -20,14 +22,33 @@ from .pool import GlobalNeuronPool, Wiring
 _WEAK = -2.0  # takes any gate in [0, 1] below zero: a neuron under the pruning threshold ranks after all the others
 
 
+class Stimulus(NamedTuple):
+    """What the input is to the neurons, the same in every step.
+
+    score: (B, N), how well it matches each neuron. drift: (B, D), what it adds to the signature of one that wakes up.
+    key, value: (S, H, T, D / H), the encoded tokens to look at, B = S * G as in ``Activation``.
+    seen: (G * K, T) or (S, 1, G * K, T) bool, which tokens each slot may look at; None: all.
+    """
+
+    score: Tensor
+    drift: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor | None
+
+
 class NeuronInteraction(nn.Module):
     """One set of weights for every neuron and step: attention between active neurons, a GRU, a gate, turnover.
 
-    message_i = sparse_attention(q, k, v of LayerNorm(state));  state = GRU(message, state)
-    gate     += rate * (sigmoid(w . state + b) - gate),  rate in (0, 1) learned
-    drive     = weighted_rows(connection_strength, idx, gate) + score;  a silent neuron enters with
-                gate = newcomer_scale * sigmoid(drive), state = signature + W_in z.
-    Source of the cell: Cho et al. 2014.
+    message_i = sparse_attention(q, k, v of LayerNorm(state)) + attention(look of LayerNorm(state), the encoded tokens)
+    state     = GRU(message, state)
+    drive     = weighted_rows(connection_strength, idx, gate) + score
+    gate     += rate * (sigmoid(drive_i + w . state + b) - gate),  rate in (0, 1) learned
+    a silent neuron enters with gate = newcomer_scale * sigmoid(drive), state = signature + W_in z.
+
+    Neurons look at the tokens themselves because one vector z is a bottleneck: a pool that saw nothing else was worth
+    0.01 nats a character over its encoder. A synapse drives the gates of active neurons, not only the recruits, because
+    strengths that merely biased the attention could be frozen at zero without loss. Source of the cell: Cho et al. 2014.
     """
 
     def __init__(self, config: SproutConfig) -> None:
@@ -35,8 +56,14 @@ class NeuronInteraction(nn.Module):
         self.config, d = config, config.d_state
         self.norm = nn.LayerNorm(d)
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # a bias of k would cancel in the softmax
-        self.cell = nn.GRUCell(d, d)  # its input weights serve as the attention's output projection
+        self.look = nn.Linear(d, d, bias=False)
+        self.token_norm = nn.LayerNorm(d)
+        self.token_kv = nn.Linear(d, 2 * d, bias=False)
+        self.cell = nn.GRUCell(d, d)  # its input weights serve as the attentions' output projection
+        nn.init.ones_(self.cell.bias_ih[d : 2 * d])  # at the start a neuron keeps most of its state
         self.gate_head = nn.Linear(d, 1)
+        nn.init.normal_(self.gate_head.weight, std=0.02)  # at the start a gate follows its drive
+        nn.init.zeros_(self.gate_head.bias)
         self.rate_logit = nn.Parameter(torch.zeros(()))
 
     def forward(self, start: Activation, pool: GlobalNeuronPool) -> tuple[Tensor, list[ActivationPattern]]:
@@ -46,32 +73,54 @@ class NeuronInteraction(nn.Module):
         Returns: states (B, K, D) at the end, and the n_interaction_steps + 1 patterns, the initial one first.
         """
         states, history = start.states, [start.pattern]
-        for wiring in pool.wiring(self.config.n_interaction_steps, start.pattern.idx.numel()):
-            states, pattern = self.step(states, history[-1], start.score, start.drift, wiring)
-            history.append(pattern)
+        if self.config.n_interaction_steps:
+            stimulus = self.stimulus(start)
+            for age, wiring in enumerate(pool.wiring(self.config.n_interaction_steps, start.pattern.idx.numel())):
+                states, pattern = self.step(states, history[-1], stimulus, wiring, age)
+                history.append(pattern)
         return states, history
 
+    def stimulus(self, start: Activation) -> Stimulus:
+        """What the input is to the neurons over all steps."""
+        heads = self.token_kv(self.token_norm(start.tokens)).unflatten(-1, (2, self.config.n_heads, -1))
+        key, value = heads.permute(2, 0, 3, 1, 4)
+        seen = start.hidden
+        if seen is not None:
+            seen = ~seen.repeat_interleave(self.config.final_sparsity, -2)
+            seen = seen if seen.dim() == 2 else seen.unsqueeze(1)
+        return Stimulus(start.score, start.drift, key, value, seen)
+
     def step(
-        self, states: Tensor, pattern: ActivationPattern, score: Tensor, drift: Tensor, wiring: Wiring
+        self, states: Tensor, pattern: ActivationPattern, stimulus: Stimulus, wiring: Wiring, age: int = 0
     ) -> tuple[Tensor, ActivationPattern]:
         """States and pattern after one interaction step.
 
-        Args: states (B, K, D); pattern of K slots; score (B, N); drift (B, D), W_in z; wiring, the pool
-            as ``GlobalNeuronPool.wiring`` gives it for each step.
+        Args: states (B, K, D); pattern of K slots; stimulus, the input as ``stimulus`` gives it; wiring, the pool
+            as ``GlobalNeuronPool.wiring`` gives it for each step; age, steps before this one: an old pattern changes less.
         Returns: states (B, K, D), of which padding slots hold finite values without meaning, and the new pattern.
         Gradients: all float arguments; which neurons enter and leave is a decision without gradient.
         Determinism: bitwise; ties of equal rank go to incumbents, then to the lowest neuron.
         """
-        message = self.exchange(states, pattern, wiring)
+        how = {"sparse_grad": wiring.sparse_grad, "backend": self.config.backend}
+        drive = bio_kernels.weighted_rows(wiring.spread, pattern.idx, pattern.gate, **how) + stimulus.score
+        normed = self.norm(states)
+        message = self.exchange(normed, pattern, wiring) + self.perceive(normed, stimulus)
         states = self.cell(message.flatten(0, 1), states.flatten(0, 1)).view_as(states)
-        target = self.gate_head(states).squeeze(-1).sigmoid()
+        target = (self.gate_head(states).squeeze(-1) + drive.gather(1, pattern.idx)).sigmoid()
         gate = pattern.gate + self.rate_logit.sigmoid() * (target - pattern.gate)
         pattern = pattern._replace(gate=torch.where(pattern.valid(), gate, 0))
-        return self.turnover(states, pattern, score, drift, wiring)
+        return self.turnover(states, pattern, drive, stimulus.drift, wiring, age)
 
-    def exchange(self, states: Tensor, pattern: ActivationPattern, wiring: Wiring) -> Tensor:
-        """(B, K, D): the message that each active neuron receives from all of them, 0 in padding slots."""
-        heads = self.qkv(self.norm(states)).unflatten(-1, (3, self.config.n_heads, -1))
+    def perceive(self, normed: Tensor, stimulus: Stimulus) -> Tensor:
+        """(B, K, D): what each slot finds when it looks at the encoded tokens. Args: normed (B, K, D), normed states."""
+        samples, (k, d) = stimulus.key.shape[0], normed.shape[1:]
+        query = self.look(normed).view(samples, -1, self.config.n_heads, d // self.config.n_heads).transpose(1, 2)
+        found = F.scaled_dot_product_attention(query, stimulus.key, stimulus.value, attn_mask=stimulus.seen)
+        return found.transpose(1, 2).reshape(-1, k, d)
+
+    def exchange(self, normed: Tensor, pattern: ActivationPattern, wiring: Wiring) -> Tensor:
+        """(B, K, D): what each active neuron receives from all of them, 0 in padding slots; normed as in ``perceive``."""
+        heads = self.qkv(normed).unflatten(-1, (3, self.config.n_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, K, D / H)
         message = bio_kernels.sparse_attention(
             q,
@@ -87,28 +136,29 @@ class NeuronInteraction(nn.Module):
         return message.transpose(1, 2).flatten(2)
 
     def turnover(
-        self, states: Tensor, pattern: ActivationPattern, score: Tensor, drift: Tensor, wiring: Wiring
+        self, states: Tensor, pattern: ActivationPattern, drive: Tensor, drift: Tensor, wiring: Wiring, age: int = 0
     ) -> tuple[Tensor, ActivationPattern]:
-        """States and pattern after neurons have entered and left; arguments and results as in ``step``.
+        """States and pattern after neurons have entered and left; as ``step``, with drive (B, N) and drift (B, D).
 
         A neuron under prune_threshold times the mean gate of its sample leaves, unless it is among the min_active
         strongest: relative to the mean, because training that lowers all gates together must not empty the pattern.
-        A candidate over recruit_threshold enters. If they are too many for the K slots the lowest ranks lose; an
+        A candidate over recruit_threshold enters. Both get harder with age (turnover_decay), so that the pattern settles.
+        If they are too many for the K slots the lowest ranks lose; an
         incumbent's rank is its gate + hysteresis, a newcomer's its gate. A NaN gate stays, and shows in the output.
         """
         config, (idx, gate, _, n) = self.config, pattern
         valid, how = pattern.valid(), {"sparse_grad": wiring.sparse_grad, "backend": config.backend}
-        drive = bio_kernels.weighted_rows(wiring.spread, idx, gate, **how) + score
         taken = torch.where(valid, idx, idx[:, :1])  # padding must not mask neuron 0
-        drive.scatter_(1, taken, float("-inf"))
+        drive = drive.scatter(1, taken, float("-inf"))
         new = bio_kernels.topk_gather(drive, wiring.signatures, config.recruits_per_step, **how)
         woken = new.gate.sigmoid()
 
-        weakest = config.prune_threshold * gate.detach().sum(1, keepdim=True) / pattern.count.unsqueeze(1)
+        mild = config.turnover_decay**age
+        weakest = config.prune_threshold * mild * gate.detach().sum(1, keepdim=True) / pattern.count.unsqueeze(1)
         bonus = torch.where(gate.detach() < weakest, _WEAK, config.hysteresis)
         incumbent = torch.where(valid, gate.detach() + bonus, float("-inf"))
         gates = torch.cat([gate, config.newcomer_scale * woken], 1)
-        weak = woken.detach() <= config.recruit_threshold
+        weak = woken.detach() <= 1 - (1 - config.recruit_threshold) * mild
         newcomer = torch.where(weak, float("-inf"), gates.detach()[:, idx.shape[1] :])
         slot, kept = survivors(torch.cat([incumbent, newcomer], 1), idx.shape[1], config.min_active)
 

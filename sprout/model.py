@@ -18,16 +18,24 @@ from .encoder import InputToActivation
 from .interaction import NeuronInteraction
 from .pattern import ActivationPattern, gate_change, jaccard
 from .pool import GlobalNeuronPool
+from .pretrained import Pretrained
+from .sampling import generate
 
 
 class Settled(NamedTuple):
-    """The pool after the interaction: states (B, K, D), and the n_interaction_steps + 1 patterns, initial one first."""
+    """The pool after the interaction.
+
+    states: (B, K, D), of the active neurons.
+    history: the n_interaction_steps + 1 patterns, the initial one first.
+    score: (B, N), how well the input matches each neuron.
+    """
 
     states: Tensor
     history: list[ActivationPattern]
+    score: Tensor
 
 
-class BrainLikeSprout(nn.Module):
+class BrainLikeSprout(Pretrained, nn.Module):
     """tokens (B, T) -> logits (B, vocab_size), by way of one sparse pattern over a pool of neurons."""
 
     def __init__(self, config: SproutConfig) -> None:
@@ -38,23 +46,42 @@ class BrainLikeSprout(nn.Module):
         self.interaction = NeuronInteraction(config)
         self.decoder = OutputDecoder(config)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of the whole input.
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, *, all_positions: bool = False) -> Tensor:
+        """Logits of the whole input, or of every prefix of it.
 
         Args:
             tokens: (B, T) int64 in 0..vocab_size-1, 1 <= T <= max_seq_len.
             attention_mask: (B, T) bool or integer, nonzero for tokens, 0 for padding on either side; None: all tokens.
-        Returns: (B, vocab_size), the dtype of the parameters.
-        Raises: TypeError for a wrong dtype; ValueError for a wrong shape, and on CPU outside torch.compile also for
-            tokens outside the vocabulary and samples without tokens.
+            all_positions: prefix mode, one pattern for every prefix, B * T patterns at once; needs config.causal.
+        Returns: (B, vocab_size), the dtype of the parameters; with all_positions (B, T, vocab_size), [:, t] the logits
+            of tokens[:, :t+1] (to rounding; without meaning where attention_mask is 0).
+        Raises: TypeError for a wrong dtype; ValueError for a wrong shape, for all_positions without config.causal, and
+            on CPU outside torch.compile also for tokens outside the vocabulary and samples without tokens.
         Gradients: every parameter. Determinism: the same input gives bitwise the same logits.
         """
-        settled = self.settle(tokens, attention_mask)
-        return self.decoder(settled.states, settled.history[-1])
+        settled = self.settle(tokens, attention_mask, all_positions=all_positions)
+        logits = self.decoder(settled.states, settled.history[-1])
+        return logits.unflatten(0, tokens.shape) if all_positions else logits
 
-    def settle(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Settled:
-        """The pool after the interaction, with gradient; arguments and errors as in ``forward``."""
-        return Settled(*self.interaction(self.encoder(tokens, self.pool, attention_mask), self.pool))
+    def features(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, D): what the decoder makes of the settled pattern, for heads; arguments and errors as in ``forward``."""
+        settled = self.settle(tokens, attention_mask)
+        return self.decoder.features(settled.states, settled.history[-1])
+
+    def settle(self, tokens: Tensor, attention_mask: Tensor | None = None, *, all_positions: bool = False) -> Settled:
+        """The pool after the interaction, with gradient; arguments and errors as in ``forward``.
+
+        With all_positions its B is B * T: prefix t of sample b is in row b * T + t.
+        """
+        start = self.encoder(tokens, self.pool, attention_mask, all_positions=all_positions)
+        return Settled(*self.interaction(start, self.pool), start.score)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
+        """tokens (B, T) continued by max_new_tokens: (B, T + max_new_tokens); see ``sprout.sampling.generate``.
+
+        Keywords: temperature=1.0, top_k=None, top_p=None, seed=None.
+        """
+        return generate(self, tokens, max_new_tokens, **how)
 
     @torch.no_grad()
     def analyze_activation(

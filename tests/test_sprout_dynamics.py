@@ -60,16 +60,17 @@ def test_strongest_breaks_ties_by_index():
     assert top["values"].tolist() == [0.25, 0.25]
 
 
-def slow_turnover(config, idx, gate, drive):
+def slow_turnover(config, idx, gate, drive, age):
     """One sample, one neuron at a time: {neuron: gate} after turnover. idx, gate: lists of the neurons in use."""
+    mild = config.turnover_decay**age
     silent = sorted((-drive[n], n) for n in range(config.n_neurons) if n not in idx)
     woken = {n: torch.sigmoid(-d).item() for d, n in silent[: config.recruits_per_step]}
-    weakest = config.prune_threshold * sum(gate) / len(gate)
+    weakest = config.prune_threshold * mild * sum(gate) / len(gate)
     ranked = [(g + config.hysteresis, n, g) for n, g in zip(idx, gate, strict=True) if g >= weakest]
     ranked += [
         (config.newcomer_scale * w, n, config.newcomer_scale * w)
         for n, w in woken.items()
-        if w > config.recruit_threshold
+        if w > 1 - (1 - config.recruit_threshold) * mild
     ]
     stay = {n: g for _, n, g in sorted(ranked, key=lambda r: -r[0])[: config.final_sparsity]}
     for g, n in sorted(((g, n) for n, g in zip(idx, gate, strict=True) if g < weakest), reverse=True):
@@ -89,7 +90,8 @@ def slow_turnover(config, idx, gate, drive):
         dict(n_neurons=22, initial_sparsity=20, recruits_per_step=22),  # more recruits than silent neurons
     ],
 )
-def test_turnover_against_a_slow_oracle(changes):
+@pytest.mark.parametrize("age", [0, 2])
+def test_turnover_against_a_slow_oracle(changes, age):
     model = wired(small(**changes)).double()
     config, interaction, strength = model.config, model.interaction, model.pool.connection_strength
     model.pool.threshold.data[0] = -10.0  # silent at the start
@@ -98,12 +100,12 @@ def test_turnover_against_a_slow_oracle(changes):
     gate = torch.where(start.pattern.valid(), torch.rand(6, 20, dtype=torch.float64), 0)
     before = start.pattern._replace(gate=gate)
     wiring = model.pool.wiring(1, 6 * 20)[0]
-    states, after = interaction.turnover(start.states, before, start.score, start.drift, wiring)
     drive = before.to_dense() @ strength + start.score
+    states, after = interaction.turnover(start.states, before, drive, start.drift, wiring, age)
     for b in range(6):
         count, old = int(after.count[b]), before.idx[b, : int(before.count[b])].tolist()
         assert 0 not in old
-        expected = slow_turnover(config, old, gate[b, : len(old)].tolist(), drive[b].detach())
+        expected = slow_turnover(config, old, gate[b, : len(old)].tolist(), drive[b].detach(), age)
         assert after.idx[b, :count].tolist() == sorted(expected)
         for slot in range(count):
             neuron = int(after.idx[b, slot])
@@ -118,13 +120,24 @@ def test_turnover_against_a_slow_oracle(changes):
 def test_turnover_cases_are_not_vacuous():
     """The oracle's cases reach what they claim: a full budget, the min_active floor, no change by hysteresis."""
     final = lambda **changes: wired(small(**changes)).settle(some_tokens(8)).history  # noqa: E731
-    assert final(recruit_threshold=0.0, prune_threshold=0.0)[-1].count.tolist() == [20] * 8
-    few = final(prune_threshold=0.99, recruit_threshold=0.99, n_interaction_steps=5)
+    assert final(recruit_threshold=0.0, prune_threshold=0.0, turnover_decay=1.0)[-1].count.tolist() == [20] * 8
+    few = final(prune_threshold=0.99, recruit_threshold=0.99, n_interaction_steps=5, turnover_decay=1.0)
     assert few[-1].count.tolist() == [4] * 8
     kept = final(hysteresis=5.0, recruit_threshold=0.0, prune_threshold=0.0, initial_sparsity=20)
     assert torch.equal(kept[0].idx, kept[-1].idx)
     lost = final(hysteresis=0.0, recruit_threshold=0.0, newcomer_scale=1.0, prune_threshold=0.0, initial_sparsity=20)
     assert not torch.equal(lost[0].idx, lost[-1].idx)
+
+
+def test_a_pattern_hardens_with_age():
+    """With turnover_decay the pattern of each step is closer to the one before it; without, it goes on changing."""
+    model = wired(small(n_interaction_steps=6, turnover_decay=0.5, initial_sparsity=16))
+    churning = wired(small(n_interaction_steps=6, turnover_decay=1.0, initial_sparsity=16))
+    overlap, restless = (m.analyze_activation(some_tokens(16))["jaccard"].mean(1) for m in (model, churning))
+    assert (overlap.diff() >= 0).all()
+    assert overlap[-1] > 0.99
+    assert overlap[0] < 0.95
+    assert restless[-1] < overlap[-1]
 
 
 def test_survivors_orders_the_classes():
@@ -144,32 +157,45 @@ def test_take_rows_is_a_gather():
     torch.autograd.gradcheck(take_rows, (rows, slot))
 
 
-def test_one_step_alone_follows_its_equations():
+def attention_by_hand(q, k, v, scale, bias, gate):
+    """Two heads of 8 over (R, 16) queries and (S, 16) keys and values, with dense softmax."""
+    heads = []
+    for h in (slice(0, 8), slice(8, 16)):
+        e = gate * torch.exp(q[:, h] @ k[:, h].T * scale + bias)
+        heads.append(e / e.sum(1, keepdim=True) @ v[:, h])
+    return torch.cat(heads, 1)
+
+
+@pytest.mark.parametrize("all_positions", [False, True])
+def test_one_step_alone_follows_its_equations(all_positions):
     """Every line of the step but the turnover, written out with dense softmax and the GRU's equations."""
     model = wired(small(recruit_threshold=0.99, prune_threshold=0.0)).double()  # nobody enters or leaves
-    step, start, strength = model.interaction, model.encoder(some_tokens(), model.pool), model.pool.connection_strength
+    start = model.encoder(some_tokens(), model.pool, all_positions=all_positions)
+    step, strength = model.interaction, model.pool.connection_strength
+    torch.nn.init.normal_(step.gate_head.weight)
     wiring = sprout.Wiring(model.pool.neuron_signatures, strength, strength)
-    states, pattern = step.step(start.states, start.pattern, start.score, start.drift, wiring)
+    states, pattern = step.step(start.states, start.pattern, step.stimulus(start), wiring)
     assert torch.equal(pattern.idx, start.pattern.idx)
     assert torch.equal(pattern.count, start.pattern.count)
-    for b in range(3):
-        x, idx, gate = start.states[b, :12], start.pattern.idx[b, :12], start.pattern.gate[b, :12]
-        q, k, v = (step.norm(x) @ step.qkv.weight.T).chunk(3, 1)
-        heads = []
-        for h in (slice(0, 8), slice(8, 16)):
-            e = gate * torch.exp(q[:, h] @ k[:, h].T / 8**0.5 + strength[idx][:, idx].T)
-            heads.append(e / e.sum(1, keepdim=True) @ v[:, h])
+    for row in range(len(states)):
+        sample, last = (row // 9, row % 9) if all_positions else (row, 8)
+        x, idx, gate = start.states[row, :12], start.pattern.idx[row, :12], start.pattern.gate[row, :12]
+        normed, tokens = step.norm(x), step.token_norm(start.tokens[sample, : last + 1])
+        q, k, v = (normed @ step.qkv.weight.T).chunk(3, 1)
+        message = attention_by_hand(q, k, v, 8**-0.5, strength[idx][:, idx].T, gate)
+        message = message + attention_by_hand(
+            normed @ step.look.weight.T, *(tokens @ step.token_kv.weight.T).chunk(2, 1), 8**-0.5, 0.0, 1.0
+        )
         cell = step.cell
-        gi = torch.cat(heads, 1) @ cell.weight_ih.T + cell.bias_ih
+        gi = message @ cell.weight_ih.T + cell.bias_ih
         gh = x @ cell.weight_hh.T + cell.bias_hh
         reset, update = (gi + gh)[:, :32].sigmoid().chunk(2, 1)
         new = (gi[:, 32:] + reset * gh[:, 32:]).tanh()
         expected = (1 - update) * new + update * x
-        torch.testing.assert_close(states[b, :12], expected)
-        rate = step.rate_logit.sigmoid()
-        torch.testing.assert_close(
-            pattern.gate[b, :12], (1 - rate) * gate + rate * step.gate_head(expected).squeeze(1).sigmoid()
-        )
+        torch.testing.assert_close(states[row, :12], expected)
+        rate, drive = step.rate_logit.sigmoid(), gate @ strength[idx] + start.score[row]
+        target = (step.gate_head(expected).squeeze(1) + drive[idx]).sigmoid()
+        torch.testing.assert_close(pattern.gate[row, :12], (1 - rate) * gate + rate * target)
 
 
 def test_the_decoder_follows_its_equations():
@@ -179,9 +205,15 @@ def test_the_decoder_follows_its_equations():
     for b, logits in enumerate(decoder(states, pattern)):
         count = int(pattern.count[b])
         gate, held = pattern.gate[b, :count], states[b, :count]
-        both = torch.cat([gate @ decoder.readout[pattern.idx[b, :count]], gate @ held / gate.sum()])
+        mean = gate @ held / gate.sum()
+        k, v = (decoder.state_norm(held) @ decoder.kv.weight.T).chunk(2, 1)
+        q = (decoder.state_norm(mean) @ decoder.query.weight.T).unsqueeze(0)
+        found = attention_by_hand(q, k, v, 8**-0.5, 0.0, gate)[0]
+        both = torch.cat([gate @ decoder.readout[pattern.idx[b, :count]], found])
         hidden = torch.nn.functional.gelu(decoder.join.weight @ both + decoder.join.bias)
+        hidden = mean + decoder.mix.weight @ hidden + decoder.mix.bias
         torch.testing.assert_close(logits, decoder.head(decoder.norm(hidden)))
+    torch.testing.assert_close(decoder.head(decoder.features(states, pattern)), decoder(states, pattern))
 
 
 def test_what_padding_slots_hold_does_not_matter():

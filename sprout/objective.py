@@ -1,0 +1,59 @@
+"""What training minimises: the next token's cross-entropy, and two terms for the pool's health."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import BrainLikeSprout
+from .pattern import ActivationPattern, gate_change
+
+
+class Objective(NamedTuple):
+    """loss = language + balance weight * balance + settling weight * settling, each a scalar with gradient.
+
+    language: mean cross-entropy, nats per token. balance: 1 when all neurons wake equally often. settling: mean change
+    of a gate in the last step. history: the patterns behind them, one row for each predicted token.
+    """
+
+    loss: Tensor
+    language: Tensor
+    balance: Tensor
+    settling: Tensor
+    history: list[ActivationPattern]
+
+
+def next_token(model: BrainLikeSprout, tokens: Tensor, *, balance: float = 0.0, settling: float = 0.0) -> Objective:
+    """The objective of predicting tokens[:, 1:], each from all tokens before it, in prefix mode.
+
+    Args: tokens (B, T+1) int64, T in 1..max_seq_len; balance, settling >= 0, the weights of the two terms.
+    Returns: Objective over B * T predictions. Raises: as ``BrainLikeSprout.forward``; ValueError if T < 1.
+    Gradients: every parameter. Determinism: bitwise.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be (B, T+1) with T >= 1, got {tuple(tokens.shape)}")
+    states, history, score = model.settle(tokens[:, :-1], all_positions=True)
+    language = F.cross_entropy(model.decoder(states, history[-1]), tokens[:, 1:].flatten())
+    even, still = balance_loss(score, history[0]), settling_loss(history)
+    return Objective(language + balance * even + settling * still, language, even, still, history)
+
+
+def balance_loss(score: Tensor, first: ActivationPattern) -> Tensor:
+    """N * sum_n used_n share_n: 1 when the pool is used evenly, up to N / k when all samples wake the same k neurons.
+
+    used_n = fraction of the initial pattern's places that neuron n takes over the batch (no gradient);
+    share_n = mean over the batch of softmax(score)_n, whose gradient lowers the scores of busy neurons and so lifts the
+    silent ones. Args: score (B, N); first, the initial pattern. Gradients: score. Source: Fedus et al. 2021, eq. 4.
+    """
+    used = score.new_zeros(first.n_neurons).index_add_(0, first.idx.flatten(), first.valid().to(score.dtype).flatten())
+    return first.n_neurons * (used / first.count.sum() * score.softmax(1).mean(0)).sum()
+
+
+def settling_loss(history: list[ActivationPattern]) -> Tensor:
+    """Mean over the batch of ``gate_change`` in the last step, 0 without steps. Gradients: the gates of both patterns."""
+    if len(history) < 2:
+        return history[-1].gate.new_zeros(())
+    return gate_change(*history[-2:]).mean()
