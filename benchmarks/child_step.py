@@ -1,4 +1,4 @@
-"""A child process that makes one SPROUT training step and prints how far its resident memory rose.
+"""A child process that makes one SPROUT training step and prints how far its memory rose, and how long it took.
 
 ``python -m benchmarks.child_step backend batch steps``; see test_sprout.py.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def main(backend: str, batch: str, steps: str) -> None:
         for parameter in model.parameters():
             parameter.add_(1e-3)  # every page of them is in use before
     before = memory.resident_peak(reset=True)
+    start = time.perf_counter()
     train_step(model, tokens)
-    print(json.dumps({"before": before, "rise": memory.resident_peak() - before}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"before": before, "rise": memory.resident_peak() - before, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class InputToActivation(nn.Module):
     z = LayerNorm(h_e + pooled_e), e the last token and pooled = multi-head attention from h_e to every h;
     score_n = z . signature_n / sqrt(D) + threshold_n;
     the initial_sparsity highest scores are active with gate = sigmoid(score) and state = signature + W_in z.
-    With config.causal no token sees a later one, so that the input's prefixes can be read all at once, each as if alone.
+    With config.causal no token sees a later one, so that all prefixes can be read at once, each as if alone.
     The last token asks, because where it stands matters most for what comes next.
     """
 

@@ -47,8 +47,8 @@ class NeuronInteraction(nn.Module):
     a silent neuron enters with gate = newcomer_scale * sigmoid(drive), state = signature + W_in z.
 
     Neurons look at the tokens themselves because one vector z is a bottleneck: a pool that saw nothing else was worth
-    0.01 nats a character over its encoder. A synapse drives the gates of active neurons, not only the recruits, because
-    strengths that merely biased the attention could be frozen at zero without loss. Source of the cell: Cho et al. 2014.
+    0.01 nats a character over its encoder. A synapse drives the gates of active neurons too, not only the recruits, so
+    that connections count also when nobody enters. Source of the cell: Cho et al. 2014.
     """
 
     def __init__(self, config: SproutConfig) -> None:
@@ -96,7 +96,7 @@ class NeuronInteraction(nn.Module):
         """States and pattern after one interaction step.
 
         Args: states (B, K, D); pattern of K slots; stimulus, the input as ``stimulus`` gives it; wiring, the pool
-            as ``GlobalNeuronPool.wiring`` gives it for each step; age, steps before this one: an old pattern changes less.
+            as ``GlobalNeuronPool.wiring`` gives it for each step; age, steps before this one: old patterns change less.
         Returns: states (B, K, D), of which padding slots hold finite values without meaning, and the new pattern.
         Gradients: all float arguments; which neurons enter and leave is a decision without gradient.
         Determinism: bitwise; ties of equal rank go to incumbents, then to the lowest neuron.
@@ -112,14 +112,14 @@ class NeuronInteraction(nn.Module):
         return self.turnover(states, pattern, drive, stimulus.drift, wiring, age)
 
     def perceive(self, normed: Tensor, stimulus: Stimulus) -> Tensor:
-        """(B, K, D): what each slot finds when it looks at the encoded tokens. Args: normed (B, K, D), normed states."""
+        """(B, K, D): what each slot finds when it looks at the encoded tokens; normed (B, K, D), the normed states."""
         samples, (k, d) = stimulus.key.shape[0], normed.shape[1:]
         query = self.look(normed).view(samples, -1, self.config.n_heads, d // self.config.n_heads).transpose(1, 2)
         found = F.scaled_dot_product_attention(query, stimulus.key, stimulus.value, attn_mask=stimulus.seen)
         return found.transpose(1, 2).reshape(-1, k, d)
 
     def exchange(self, normed: Tensor, pattern: ActivationPattern, wiring: Wiring) -> Tensor:
-        """(B, K, D): what each active neuron receives from all of them, 0 in padding slots; normed as in ``perceive``."""
+        """(B, K, D): what each active neuron receives from all of them, 0 in padding slots; see ``perceive``."""
         heads = self.qkv(normed).unflatten(-1, (3, self.config.n_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, K, D / H)
         message = bio_kernels.sparse_attention(
@@ -142,7 +142,7 @@ class NeuronInteraction(nn.Module):
 
         A neuron under prune_threshold times the mean gate of its sample leaves, unless it is among the min_active
         strongest: relative to the mean, because training that lowers all gates together must not empty the pattern.
-        A candidate over recruit_threshold enters. Both get harder with age (turnover_decay), so that the pattern settles.
+        A candidate over recruit_threshold enters. Both get harder with age (turnover_decay), and the pattern settles.
         If they are too many for the K slots the lowest ranks lose; an
         incumbent's rank is its gate + hysteresis, a newcomer's its gate. A NaN gate stays, and shows in the output.
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,7 +52,7 @@ def balance_loss(score: Tensor, first: ActivationPattern) -> Tensor:
 
 
 def settling_loss(history: list[ActivationPattern]) -> Tensor:
-    """Mean over the batch of ``gate_change`` in the last step, 0 without steps. Gradients: the gates of both patterns."""
+    """Mean over the batch of ``gate_change`` in the last step, 0 without steps. Gradients: both gates."""
     if len(history) < 2:
         return history[-1].gate.new_zeros(())
     return gate_change(*history[-2:]).mean()
