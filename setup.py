@@ -9,12 +9,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kernels/bio_kernels/__init__.py").read_text()).group(1)
 
 TRITON = 'triton>=3.6,<3.8; platform_system == "Linux"'
-TEST = [TRITON, "pytest>=8.3", "pytest-benchmark>=5.1", "hypothesis>=6.100", "safetensors>=0.5"]
 BENCH = [TRITON, "pytest>=8.3", "pytest-benchmark>=5.1"]
 TRAIN = ["accelerate>=1.10", "safetensors>=0.5", "huggingface_hub>=0.30", "tensorboard>=2.18", "tqdm>=4.66"]
+TRAIN += ["psutil>=5.9"]
 EXPERIMENTS = [*TRAIN, "hydra-core>=1.3.2", "torchmetrics>=1.6"]
 DATA = ["tokenizers>=0.21", "datasets>=3.0"]
 PLOT = ["matplotlib>=3.9"]
+TEST = [*BENCH, "hypothesis>=6.100", *TRAIN, *PLOT]
 
 setup(
     name="bio-kernels",
@@ -36,6 +37,9 @@ setup(
         "experiments": [*EXPERIMENTS, *PLOT],
         "data": DATA,
         "all": sorted({*TEST, *BENCH, *EXPERIMENTS, *DATA, *PLOT}),
+    },
+    entry_points={
+        "console_scripts": ["sprout-train=sprout.train:main", "sprout-analyze=sprout.analyze:main"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

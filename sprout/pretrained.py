@@ -133,7 +133,11 @@ def _hub() -> Any:
 
 
 class Pretrained:
-    """save_pretrained, from_pretrained and push_to_hub for a module that is made from one SproutConfig."""
+    """save_pretrained, from_pretrained and push_to_hub for a module that is made from one SproutConfig.
+
+    Names and files are those of huggingface_hub.PyTorchModelHubMixin, so that what expects it works. It is no base
+    class here: importing it costs a sixth of importing torch, which every ``import sprout`` would pay.
+    """
 
     KIND: ClassVar[str] = "sprout"
     config: SproutConfig
@@ -164,19 +168,19 @@ class Pretrained:
         model.eval()
         return model
 
-    def push_to_hub(self, repository: str, *, message: str = "Upload model", **create: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload model", **create: Any) -> str:
         """Uploads what ``save_pretrained`` writes.
 
-        Args: repository, "owner/name", made if it does not exist; message, of the commit; create, options of
+        Args: repo_id, "owner/name", made if it does not exist; commit_message; create, options of
             huggingface_hub.create_repo, such as private and token.
         Returns: the address of the commit. Raises: ImportError if a library is missing; else what the upload raises.
         """
         hub = _hub()
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            hub.create_repo(repository, exist_ok=True, **create)
+            hub.create_repo(repo_id, exist_ok=True, **create)
             return str(
                 hub.upload_folder(
-                    repo_id=repository, folder_path=folder, commit_message=message, token=create.get("token")
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, token=create.get("token")
                 )
             )

@@ -90,7 +90,10 @@ def _use(ax: Axes, share: np.ndarray, seen: Observation) -> None:
     if used < seen.n_neurons:
         ax.axvspan(used + 0.5, seen.n_neurons, color="0.9", label=f"{seen.n_neurons - used} never used")
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(plain)
+    if share[:used].min() * 20 > share.max():  # within about a decade the ticks between are labelled, too
+        ax.yaxis.set_minor_formatter(plain)
     ax.set_xlim(0, seen.n_neurons)
     ax.set_xlabel("neurons (rank by use)")
     ax.set_ylabel("inputs that use the neuron (%)")
