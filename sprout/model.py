@@ -74,7 +74,8 @@ class BrainLikeSprout(Pretrained, nn.Module):
         With all_positions its B is B * T: prefix t of sample b is in row b * T + t.
         """
         start = self.encoder(tokens, self.pool, attention_mask, all_positions=all_positions)
-        return Settled(*self.interaction(start, self.pool), start.score)
+        states, history = self.interaction(start, self.pool)
+        return Settled(states, history, start.score)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
         """tokens (B, T) continued by max_new_tokens: (B, T + max_new_tokens); see ``sprout.sampling.generate``.
