@@ -15,7 +15,7 @@ TRAIN += ["psutil>=5.9"]
 EXPERIMENTS = [*TRAIN, "hydra-core>=1.3.2", "torchmetrics>=1.6"]
 DATA = ["tokenizers>=0.21", "datasets>=3.0"]
 PLOT = ["matplotlib>=3.9"]
-TEST = [*BENCH, "hypothesis>=6.100", *TRAIN, *PLOT]
+TEST = [*BENCH, "hypothesis>=6.100", *EXPERIMENTS, *PLOT]
 
 setup(
     name="bio-kernels",

@@ -1,9 +1,32 @@
-"""BioHama: a router over generic memory primitives. Not built yet in this version; asking for it says so."""
+"""BioHama: a router over generic memory primitives learns from short examples which to use, and extrapolates."""
+
+from .attention import SparseAttention
+from .competition import Competition
+from .config import BioHamaConfig
+from .executive import Executive
+from .hebbian import HebbianMemory
+from .message_passing import MessagePassing
+from .model import BioHamaModel, Control, Phase, Trace
+from .objective import training_loss
+from .recurrence import State
+from .router import Router
+from .working_memory import WorkingMemory
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> object:
-    if name in ("BioHamaModel", "BioHamaConfig"):
-        raise NotImplementedError(f"biohama.{name} is not built yet in version {__version__}; see CHANGELOG.md")
-    raise AttributeError(f"module 'biohama' has no attribute {name!r}")
+__all__ = [
+    "BioHamaConfig",
+    "BioHamaModel",
+    "Competition",
+    "Control",
+    "Executive",
+    "HebbianMemory",
+    "MessagePassing",
+    "Phase",
+    "Router",
+    "SparseAttention",
+    "State",
+    "Trace",
+    "WorkingMemory",
+    "training_loss",
+]

@@ -33,7 +33,7 @@ class BioHamaConfig:
 
     vocab_size: int = 100
     d_model: int = 192
-    d_hidden: int = 272
+    d_hidden: int = 296
     d_node: int = 96
     d_cue: int = 512
     cue_active: int = 16

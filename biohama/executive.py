@@ -20,7 +20,7 @@ class Executive(nn.Module):
         self.cell = nn.GRUCell(d_model, d_hidden)
         self.salience = nn.Linear(d_model, 1)
         nn.init.zeros_(self.salience.weight)
-        nn.init.constant_(self.salience.bias, 1.0)
+        nn.init.ones_(self.salience.bias)  # every token is an event until it has shown that it is none
 
     def event(self, x: Tensor) -> Tensor:
         """(...) in 0..1, of tokens x (..., D)."""

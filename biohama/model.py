@@ -8,38 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .addresses import newest, oldest, shifted, winner, written
-from .competition import Competition
+from .addresses import corrected, first_slot, newest_so_far, oldest, shifted, winner
+from .competition import EXCLUDED, Competition
 from .config import BioHamaConfig
 from .executive import Executive
 from .hebbian import HebbianMemory
 from .message_passing import MessagePassing
+from .recurrence import State, start, step
 from .router import Router
 from .working_memory import WorkingMemory
 
-POINTERS = ("forward", "backward", "stay")  # they move the last address; all others propose one of their own
+POINTERS = {"forward": 1, "backward": -1, "stay": 0}  # modules that move the last address, and by how much
+_FLOOR = 1e-5  # of a probability, so that its logarithm is finite
 
 
 class Phase(NamedTuple):
-    """How soft the model is; the default is how it is used, training begins softer (see ``objective``).
+    """How soft the model is. The default is how it is used; training is softer (see ``objective``).
 
-    floor: share of the router's weight that is spread evenly. drop: probability that a module is not available to a sample.
-    threshold: the router's; None: the config's. hard: one slot wins where config.winner_take_all. binary: consume is 0 or 1.
+    floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
+    threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
+    decided: ``own`` is 0 or 1. awake: events are 0 or 1. excluded: drive that a slot without content loses.
     """
 
     floor: float = 0.0
     drop: float = 0.0
     threshold: float | None = None
     hard: bool = True
-    binary: bool = True
-    wake: bool = True
-    sharp: float = 30.0
+    decided: bool = True
+    awake: bool = True
+    excluded: float = EXCLUDED
 
 
 class Control(NamedTuple):
-    """What the nodes decide in every step: router_logit (..., M); content and own (...) in 0..1.
+    """What the nodes decide in every step.
 
-    content: how much a slot counts as content. own: how surely the token of this step is the model's last answer.
+    router_logit: (..., M). content: (...) in 0..1, how much a slot counts as content. own: (...) in 0..1, how surely the
+    token of this step is the model's last answer.
     """
 
     router_logit: Tensor
@@ -50,7 +54,8 @@ class Control(NamedTuple):
 class Trace(NamedTuple):
     """All that happened in a stream.
 
-    logits: (B, T, V), log-probabilities. router: (B, T, M), the weights. router_logit: (B, T, M).
+    logits: (B, T, V), log-probabilities. router: (B, T, M), the weights. control: what the nodes decided.
+    event: (B, T) in 0..1, how much the executive was woken.
     proposals: (B, T, M, S + 1), the modules' addresses over S = T slots and the null slot, before winners take all.
     address: (B, T, S + 1), mixed. answers: (B, S + 1, V), the probabilities that each slot alone would give.
     names: the M modules.
@@ -58,23 +63,25 @@ class Trace(NamedTuple):
 
     logits: Tensor
     router: Tensor
-    router_logit: Tensor
+    control: Control
+    event: Tensor
     proposals: Tensor
     address: Tensor
     answers: Tensor
     names: tuple[str, ...]
-    control: Control
-    event: Tensor
 
 
 class BioHamaModel(nn.Module):
     """tokens (B, T) -> logits (B, T, V), causal. The output sees only what was read from memory.
 
-    x = E[token];  h = GRU(x);  nodes = [W_s x; W_e h; one of each module; write gate; erase gate] + identity
+    x = E[token];  h = Executive(x);  nodes = [W_s x; W_e h; one of each module; content gate; own gate] + identity
     nodes exchange messages; the router weighs the modules by their nodes; the address is the weighted sum of proposals:
     forward, backward, stay: the last address moved by +1, -1, 0      oldest, newest: first and last content slot
     compete: Competition      hebb: HebbianMemory      percept: the current slot
-    logits = W LayerNorm(read(address))
+    logits = log sum_i address_i softmax(scale E (x_i + W x_i) + bias):  what the slots would say, mixed
+
+    A slot says what it holds (the embedding is shared with the output), so that modules are told apart by where they look
+    and not by what the decoder makes of it. Parallel (``forward``) and step by step (``step``) are the same function.
     """
 
     def __init__(self, config: BioHamaConfig) -> None:
@@ -85,9 +92,8 @@ class BioHamaModel(nn.Module):
         self.sense = nn.Linear(d, n, bias=False)
         self.report = nn.Linear(config.d_hidden, n, bias=False)
         self.identity = nn.Parameter(torch.randn(config.n_nodes, n) * 0.5)
-        self.messages = MessagePassing(
-            config.n_nodes, n, config.n_senders, config.n_rounds, config.n_heads, config.backend
-        )
+        sizes = (config.n_nodes, n, config.n_senders, config.n_rounds, config.n_heads, config.backend)
+        self.messages = MessagePassing(*sizes)
         with torch.no_grad():  # whoever does not send learns nothing: the two that know something begin as senders
             self.messages.attention.salience_bias[:2] = 2.0
         self.router = Router(len(config.modules), n, config.threshold)
@@ -100,30 +106,40 @@ class BioHamaModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) int64 in 0..vocab_size-1, 1 <= T <= n_slots.
+        """Log-probabilities (B, T, V) of tokens (B, T) int64 in 0..vocab_size-1, 1 <= T <= n_slots.
 
-        [:, t] depends on tokens[:, :t+1] alone. Raises: TypeError, ValueError as ``check``. Gradients: every parameter
-        that the configuration uses. Determinism: bitwise.
+        [:, t] depends on tokens[:, :t+1] alone. Raises: TypeError, ValueError as ``check``. Gradients: parameters, of
+        the choices that are made without gradient none (``objective`` trains a softer ``trace``). Determinism: bitwise.
         """
         return self.trace(tokens).logits
 
-    def decode(self, read: Tensor) -> Tensor:
-        """Logits (..., V) of what was read (..., D)."""
+    def start(self, batch_size: int) -> State:
+        """The state before the first token; see ``step``."""
+        return start(self, batch_size)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Log-probabilities (B, V) after tokens (B,), and the next state; the state given may not be used again.
+
+        Equal to ``forward`` position by position, to rounding. Raises: as ``check``, and ValueError after n_slots tokens.
+        """
+        check(tokens.unsqueeze(-1), self.config, state.length)
+        return step(self, tokens, state)
+
+    def decode(self, value: Tensor) -> Tensor:
+        """What slots that hold value (..., D) would say: probabilities (..., V)."""
         scale = self.log_scale.exp() * self.config.d_model**-0.5
-        return F.linear(read * scale, self.embedding.weight, self.bias)
+        return F.linear(value * scale, self.embedding.weight, self.bias).softmax(-1)
 
     def control(self, x: Tensor, h: Tensor) -> Control:
         """What the nodes decide, from x (..., D) and the executive's h (..., d_hidden)."""
         m = len(self.config.modules)
-        nodes = self.identity.expand(*x.shape[:-1], -1, -1)
         heard = torch.stack([self.sense(x), self.report(h)], -2)
+        nodes = self.identity.expand(*x.shape[:-1], -1, -1)
         nodes = torch.cat([nodes[..., :2, :] + heard, nodes[..., 2:, :]], -2)
         nodes = self.messages(nodes.flatten(0, -3)).view(nodes.shape)
-        return Control(
-            self.router.logits(nodes[..., 2 : m + 2, :]),
-            self.content(nodes[..., m + 2, :]).squeeze(-1).sigmoid(),
-            self.own(nodes[..., m + 3, :]).squeeze(-1).sigmoid(),
-        )
+        gates = (gate(nodes[..., m + 2 + i, :]) for i, gate in enumerate((self.content, self.own)))
+        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), *(gate.squeeze(-1).sigmoid() for gate in gates))
 
     def trace(self, tokens: Tensor, phase: Phase | None = None) -> Trace:
         """All that happens in the stream; arguments and errors as ``forward``; phase None: as the model is used."""
@@ -131,107 +147,93 @@ class BioHamaModel(nn.Module):
         phase = phase or Phase()
         x = self.embedding(tokens)
         event = self.executive.event(x)
-        control = self.control(x, self.executive(x, _binary(event) if phase.wake else event))
-        if phase.binary:
-            control = control._replace(own=_binary(control.own))
-        answers = self.decode(self.memory.write(x)).softmax(-1)
+        control = self.control(x, self.executive(x, binary(event) if phase.awake else event))
+        own = binary(control.own) if phase.decided else control.own
+        answers = self.decode(self.memory.write(x))
         heard = answers[:, :-1].detach().gather(2, tokens.unsqueeze(1).expand(-1, tokens.shape[1], -1)).transpose(1, 2)
         router = self._route(control.router_logit, phase)
-        soft = self._proposals(x, control, heard, phase)
-        own = [winner(p) if phase.hard and self.config.winner_take_all else p for p in soft]
-        address, before = self._follow(router, own, heard, control.own)
-        moves = [self._move(name, before, 1.0) for name in self.config.modules if name in POINTERS]
-        if "forward" in self.config.modules:  # there is no slot 1 yet in step 0
-            moves[0] = torch.cat([torch.zeros_like(moves[0][:, :1]), moves[0][:, 1:]], 1)
-        proposals = torch.stack([*moves, *soft], 2)
-        logits = (self.memory.read(address, answers) + 1e-5).log()
-        return Trace(logits, router, control.router_logit, proposals, address, answers, self.config.modules, control, event)
+        soft = self._look(x, control.content, own, heard, phase)
+        chosen = [winner(p) for p in soft] if phase.hard and self.config.winner_take_all else soft
+        address, before = self._follow(router, chosen, heard, own)
+        proposals = torch.stack([*self._moves(before), *soft], 2)
+        logits = (self.memory.read(address, answers) + _FLOOR).log()
+        return Trace(logits, router, control, event, proposals, address, answers, self.config.modules)
 
     def _route(self, logit: Tensor, phase: Phase) -> Tensor:
         if phase.drop > 0:
             lost = torch.rand(len(logit), 1, logit.shape[-1], device=logit.device) < phase.drop
-            lost &= ~lost.all(-1, keepdim=True)
-            logit = logit.masked_fill(lost, float("-inf"))
-        return self.router.choose(logit, _or(phase.threshold, self.config.threshold), phase.floor)
+            logit = logit.masked_fill(lost & ~lost.all(-1, keepdim=True), float("-inf"))
+        threshold = self.config.threshold if phase.threshold is None else phase.threshold
+        return self.router.choose(logit, threshold, phase.floor)
 
-    def _proposals(self, x: Tensor, control: Control, heard: Tensor, phase: Phase) -> list[Tensor]:
+    def _look(self, x: Tensor, content: Tensor, own: Tensor, heard: Tensor, phase: Phase) -> list[Tensor]:
         """(B, T, S + 1) of every module that is no pointer, in the order of config.modules."""
-        length, found = x.shape[1], []
-        for name in self.config.modules:
-            if name == "compete":
-                found.append(self.competition(x, control.content, control.own, heard, phase.hard, phase.sharp))
-            elif name == "percept":
-                found.append(torch.eye(length, length + 1, device=x.device).expand(len(x), -1, -1))
-            elif name == "oldest":
-                found.append(F.pad(oldest(control.content).unsqueeze(1) * written(length, x.device), (0, 1)))
-            elif name == "newest":
-                found.append(F.pad(newest(control.content), (0, 1)))
-            elif name == "hebb":
-                found.append(F.pad(self.hebbian(x), (0, 1)))
-        return found
+        length = x.shape[1]
+        hard = phase.hard and self.config.winner_take_all
+        look = {
+            "oldest": lambda: oldest(content).unsqueeze(1).expand(-1, length, -1).tril(),
+            "newest": lambda: newest_so_far(content),
+            "compete": lambda: self.competition(x, content, own, heard, hard, phase.excluded),
+            "hebb": lambda: self.hebbian(x),
+            "percept": lambda: torch.eye(length, device=x.device).expand(len(x), -1, -1),
+        }
+        found = [look[name]() for name in self.config.modules if name in look]
+        return [F.pad(address, (0, length + 1 - address.shape[-1])) for address in found]
 
-    def _follow(self, router: Tensor, own: list[Tensor], heard: Tensor, echo: Tensor) -> tuple[Tensor, Tensor]:
+    def _moves(self, before: Tensor) -> list[Tensor]:
+        """(B, T, S + 1) of every pointer, from where it started, before (B, T, S)."""
+        moves = []
+        for by in (POINTERS[name] for name in self.config.modules if name in POINTERS):
+            move = shifted(before, by)
+            if by > 0:  # there is no slot 1 yet in step 0
+                move = torch.cat([torch.zeros_like(move[:, :1]), move[:, 1:]], 1)
+            moves.append(F.pad(move, (0, 1)))
+        return moves
+
+    def _follow(self, router: Tensor, chosen: list[Tensor], heard: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, S + 1), the mixed address of every step, and (B, T, S), where the pointers started from.
 
         Only this depends on the step before: a token that is the model's own answer tells where it had looked.
         """
-        names = self.config.modules
-        moving = [m for m, name in enumerate(names) if name in POINTERS]
-        still = [m for m, name in enumerate(names) if name not in POINTERS]
-        base = torch.zeros(*heard.shape[:2], heard.shape[1] + 1, device=heard.device)
-        if own:
-            base = torch.einsum("btm,mbts->bts", router[..., still], torch.stack(own))
-        weight = router[..., moving].unsqueeze(-1).unbind(1)
-        last, addresses, starts = _first_slot(base[:, 0, :-1]), [], []
-        for t, here in enumerate(base.unbind(1)):
+        pointers = [POINTERS[name] for name in self.config.modules if name in POINTERS]
+        n, (b, length) = len(pointers), own.shape
+        mixed = heard.new_zeros(b, length, length + 1)
+        if chosen:
+            mixed = torch.einsum("btm,mbts->bts", router[..., n:], torch.stack(chosen))
+        weights = router[..., :n].unsqueeze(-1).unbind(1)
+        last, addresses, starts = first_slot(b, length, mixed), [], []
+        for t, (here, null) in enumerate(zip(mixed[..., :-1].unbind(1), mixed[..., -1:].unbind(1), strict=True)):
             if t:
-                last = corrected(last, heard[:, t], echo[:, t])
+                last = corrected(last, heard[:, t], own[:, t])
             starts.append(last)
-            for j, m in enumerate(moving):
-                move = self._move(names[m], last, weight[t][:, j])
-                here = here + (move if t or names[m] != "forward" else 0 * move)
-            last = here[:, :-1]
-            addresses.append(here)
+            for m, by in enumerate(pointers):
+                if t or by <= 0:
+                    here = here + weights[t][:, m] * shifted(last, by)
+            addresses.append(torch.cat([here, null], 1))
+            last = here
         return torch.stack(addresses, 1), torch.stack(starts, 1)
 
-    @staticmethod
-    def _move(name: str, address: Tensor, weight: Tensor | float) -> Tensor:
-        """address (..., S) moved as the pointer says, times weight, with an empty null slot."""
-        by = {"forward": 1, "backward": -1}.get(name, 0)
-        moved = shifted(address, by) if by else address
-        return F.pad(moved * weight, (0, 1))
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.config.vocab_size}, modules={', '.join(self.config.modules)}"
 
 
-def corrected(address: Tensor, heard: Tensor, own: Tensor) -> Tensor:
-    """address (B, S) in the light of the token that followed, heard (B, S) = P(token | slot), as far as own (B,)."""
-    fits = address.detach() * (heard + 1e-3)  # what was heard is a fact: no gradient through it
-    fits = fits / (fits.sum(1, keepdim=True) + 1e-6)
-    return torch.lerp(address, fits, own.unsqueeze(1))
-
-
-def _first_slot(like: Tensor) -> Tensor:
-    """The address before the first step: slot 0."""
-    first = torch.zeros_like(like)
-    first[..., 0] = 1
-    return first
-
-
-def _binary(gate: Tensor) -> Tensor:
+def binary(gate: Tensor) -> Tensor:
+    """1 where gate > 0.5, else 0; its gradient is that of gate (straight through)."""
     return (gate > 0.5).to(gate.dtype) + gate - gate.detach()
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def check(tokens: Tensor, config: BioHamaConfig, before: int = 0) -> None:
+    """Refuses what the model cannot read: tokens (B, T) after the ``before`` that it has read already.
 
-
-def check(tokens: Tensor, config: BioHamaConfig) -> None:
-    """Refuses what the model cannot read. Raises: TypeError for a wrong dtype; ValueError for a wrong shape or symbol."""
+    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, more than n_slots tokens in all, and, on CPU tensors
+        outside torch.compile, for a symbol outside the vocabulary.
+    """
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.dim() != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be (B, T) with B >= 1 and T >= 1, got {tuple(tokens.shape)}")
-    if tokens.shape[1] > config.n_slots:
-        raise ValueError(f"tokens must be at most n_slots={config.n_slots} long, got T={tokens.shape[1]}")
+    if before + tokens.shape[1] > config.n_slots:
+        raise ValueError(f"tokens must be at most n_slots={config.n_slots} long, got {before + tokens.shape[1]}")
     look = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
     if look and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
         raise ValueError(

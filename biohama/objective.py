@@ -1,31 +1,25 @@
-"""What BioHama is trained on: its answer, what every module would have answered alone, and the router's credit."""
+"""What BioHama is trained on: its answer, what every module would have answered alone, and the router's credit.
+
+Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in use,
+one winner, one module, a state that changes at events, is where the soft solution goes when the three penalties below
+have made it sure of itself; nothing hard is trained through.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import BioHamaModel, Phase
+from .competition import EXCLUDED
+from .model import BioHamaModel, Phase, Trace
 
 IGNORE = -100
-
-
-def phase_at(progress: float, threshold: float) -> Phase:
-    """How soft the model is at progress 0..1 of training: the router's floor and dropped modules fade by 0.5 and 0.6,
-    the threshold rises from 0.3 to 0.6, winners take all from 0.45, the consume gate is binary from 0.85."""
-    return Phase(
-        floor=0.5 * max(0.0, 1 - progress / 0.5),
-        drop=0.15 * max(0.0, 1 - progress / 0.6),
-        threshold=threshold * min(1.0, max(0.0, (progress - 0.3) / 0.3)),
-        hard=progress >= 9,
-        binary=False,
-        wake=progress >= 0.7,
-        sharp=30 * ramp(progress, 0.3, 0.7),
-    )
+PARTS = ("exploration", "modules", "responsibility", "credit", "rest", "quiet")
+_REST, _QUIET, _SURE, _SHARP = 0.2, 0.1, 4.0, 0.3
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -33,37 +27,79 @@ def ramp(progress: float, start: float, end: float) -> float:
     return min(1.0, max(0.0, (progress - start) / (end - start)))
 
 
-def training_loss(model: nn.Module, batch: Any, progress: float, **options: Any) -> tuple[Tensor, dict[str, float]]:
+def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
+    """How soft the model is at progress 0..1 of its training; threshold is the router's in the end.
+
+    The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
+    the exclusion of slots without content from 0.3 to 0.7; from 0.7 events are all or none.
+    """
+    return Phase(
+        floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
+        drop=0.15 * (1 - ramp(progress, 0.0, 0.6)) if explore else 0.0,
+        threshold=threshold * ramp(progress, 0.3, 0.6),
+        hard=False,
+        decided=False,
+        awake=progress >= 0.7,
+        excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
+    )
+
+
+def training_loss(
+    model: nn.Module, batch: Any, progress: float, without: Collection[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch at progress 0..1 of the training, and its parts by name.
+
+    Args: model, a BioHamaModel, or any other model of tokens (B, T) -> logits (B, T, V), which learns by cross-entropy
+        alone; batch, with tokens and targets (B, T), IGNORE = -100 where nothing is scored; without, of PARTS, what to
+        leave out: exploration (floor and absent modules), modules (their own loss), responsibility (every module learns
+        every sequence), credit (the router's), rest and quiet (penalties of events and of ``own``).
+    Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
+    """
+    for name in without:
+        if name not in PARTS:
+            raise ValueError(f"without must be names out of {', '.join(PARTS)}, got {name!r}")
+    scored = batch.targets != IGNORE
+    if not bool(scored.any()):
+        raise ValueError(f"batch must have at least one scored target, got only {IGNORE}")
     if not isinstance(model, BioHamaModel):
         loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
-        return loss, {"answer": loss}
-    phase = phase_at(progress, model.config.threshold)
-    trace = model.trace(batch.tokens, phase)
-    scored = batch.targets != IGNORE
-    target = batch.targets[scored]
-    answer = F.nll_loss(trace.logits[scored], target)
-    b, t, m, s = trace.proposals.shape
-    right = trace.answers.gather(2, batch.targets.clamp(min=0).unsqueeze(1).expand(-1, s, -1)).transpose(1, 2)
-    p = torch.einsum("btms,bts->btm", trace.proposals, right)[scored]
-    logp = (p + 1e-4).log()  # (P, M)
-    sample = scored.nonzero()[:, 0]
-    n = torch.zeros(b).index_add(0, sample, torch.ones(len(sample))).clamp(min=1)
-    nll = torch.zeros(b, m).index_add(0, sample, -logp) / n.unsqueeze(1)
-    even = torch.full_like(nll, 1 / m)
-    share = ramp(progress, *options.get("share", (0.1, 0.3)))
-    if options.get("responsible", True):
-        weight = (1 - share) * even + share * (-nll.detach() / options.get("tau", 0.3)).softmax(1)
-    else:
-        weight = even
-    modules = (weight * nll).sum(1)
-    modules = (modules * n).sum() / n.sum()
-    credit = -(trace.router_logit[scored].log_softmax(-1) + logp).logsumexp(-1).mean()
-    c = options.get("credit", (0.5, 0.7))
-    event, own = trace.event, trace.control.own
-    early = 1 - ramp(progress, 0.65, 0.7)
-    rest = early * ramp(progress, *options.get("rest_ramp", (0.25, 0.45))) * event.mean() + (1 - early) * 4 * (event * (1 - event)).mean()
-    quiet = early * ramp(progress, 0.25, 0.45) * own.mean() + (1 - early) * 4 * (own * (1 - own)).mean()
-    loss = answer + options.get("rest", 0.1) * rest + options.get("quiet", 0.05) * quiet
-    loss = loss + (1 - progress) * options.get("module_weight", 1.0) * modules + ramp(progress, *c) * credit
-    parts = {"answer": answer, "modules": modules, "credit": credit}
+        return loss, {"answer": loss.detach()}
+    trace = model.trace(batch.tokens, phase_at(progress, model.config.threshold, "exploration" not in without))
+    alone = own_answers(trace, batch.targets)[scored]
+    share = 0.0 if "responsibility" in without else ramp(progress, 0.1, 0.3)
+    parts = {
+        "answer": F.nll_loss(trace.logits[scored], batch.targets[scored]),
+        "modules": (1 - progress) * module_loss(alone, scored, share),
+        "credit": ramp(progress, 0.5, 0.7)
+        * -(trace.control.router_logit[scored].log_softmax(-1) + alone).logsumexp(-1).mean(),
+        "rest": _REST * calm(trace.event, progress),
+        "quiet": _QUIET * calm(trace.control.own, progress),
+    }
+    loss = torch.stack([value for name, value in parts.items() if name not in without]).sum()
     return loss, {name: value.detach() for name, value in parts.items()}
+
+
+def own_answers(trace: Trace, targets: Tensor) -> Tensor:
+    """(B, T, M): log P(target) of every module alone; without meaning where targets (B, T) are IGNORE."""
+    wanted = targets.clamp(min=0).unsqueeze(1).expand(-1, trace.answers.shape[1], -1)
+    right = trace.answers.gather(2, wanted).transpose(1, 2)  # (B, T, S + 1): P(target_t | slot_i)
+    return (torch.einsum("btms,bts->btm", trace.proposals, right) + 1e-4).log()
+
+
+def module_loss(alone: Tensor, scored: Tensor, share: float) -> Tensor:
+    """What the modules' own answers cost, so that each learns its job also while it is not chosen.
+
+    alone (P, M), log P of the P scored positions of scored (B, T); share 0..1 of the weight goes to the modules that
+    explain a whole sequence best, the rest to all alike: a module should not be bent to what another one can do.
+    """
+    sample, m = scored.nonzero()[:, 0], alone.shape[1]
+    length = scored.sum(1, keepdim=True)
+    cost = alone.new_zeros(len(scored), m).index_add(0, sample, -alone)
+    best = (-cost.detach() / length.clamp(min=1) / _SHARP).softmax(1)
+    return (((1 - share) / m + share * best) * cost).sum() / length.sum()
+
+
+def calm(gate: Tensor, progress: float) -> Tensor:
+    """Few open gates, from 0.25 to 0.45 of the training on; from 0.65 to 0.7 on sure ones instead: 4 g (1 - g)."""
+    early = 1 - ramp(progress, 0.65, 0.7)
+    return early * ramp(progress, 0.25, 0.45) * gate.mean() + (1 - early) * _SURE * (gate * (1 - gate)).mean()

@@ -50,8 +50,10 @@ __all__ = [
     "checkpoints",
     "environment",
     "random_state",
+    "read",
     "read_config",
     "read_metrics",
+    "replace_file",
     "seed_everything",
     "set_random_state",
 ]

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..baselines import BaselineConfig
 from ..config import BioHamaConfig
+from ..objective import PARTS
 
 DEVICES = ("auto", "cpu", "cuda")
 # What may change when a run is continued, and what is not part of a run: the rest makes it another one.
@@ -65,10 +66,10 @@ class TrainOptions:
     steps, batch_size (sequences), lr (highest), warmup_steps; clip: largest norm of the gradient, 0: no limit.
     log_every, save_every: steps between lines of metrics, between checkpoints.
     check_every: steps between measurements of the Seq-Acc on fresh training sequences, 0: none; stop_at: the run ends
-    when one reaches it, null: never.
+    when one reaches it, null: never. without: parts of BioHama's objective to leave out, of PARTS.
     """
 
-    steps: int = 700
+    steps: int = 1000
     batch_size: int = 32
     lr: float = 1.5e-3
     warmup_steps: int = 100
@@ -77,6 +78,7 @@ class TrainOptions:
     save_every: int = 200
     check_every: int = 0
     stop_at: float | None = None
+    without: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every"):
@@ -86,6 +88,7 @@ class TrainOptions:
         check("train.lr", self.lr, _positive, "a finite number > 0")
         check("train.clip", self.clip, lambda x: x == 0 or _positive(x), "a finite number >= 0")
         check("train.stop_at", self.stop_at, lambda x: x is None or 0 < x <= 1, "a number in 0..1 without 0, or null")
+        check("train.without", self.without, lambda x: set(x) <= set(PARTS), f"names out of {', '.join(PARTS)}")
         if self.stop_at is not None and not self.check_every:
             raise OptionError("train.check_every must be >= 1 where train.stop_at is given, got 0")
 

@@ -53,7 +53,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = Batch(*self.task.sample("train", o.batch_size, self.sampler)).to(self.accelerator.device)
-        loss, parts = training_loss(self.model, batch, self.step / o.steps)
+        loss, parts = training_loss(self.model, batch, self.step / o.steps, o.without)
         self.accelerator.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.clip or math.inf)
         self.optimizer.step()
