@@ -55,8 +55,8 @@ def first_slot(batch_size: int, n_slots: int, like: Tensor) -> Tensor:
 def corrected(address: Tensor, heard: Tensor, own: Tensor) -> Tensor:
     """The last address in the light of the token that followed it.
 
-    address (B, S); heard (B, S), P(token | slot), without gradient: what was heard is a fact; own (B,) in 0..1, how surely
-    that token was the answer read there. Returns: (B, S), address + own (address P / sum address P - address).
+    address (B, S); heard (B, S), P(token | slot), no gradient: what was heard is a fact; own (B,) in 0..1, how
+    surely that token was the answer read there. Returns: (B, S), address + own (address P / sum address P - address).
     """
     fits = address.detach() * (heard + 1e-3)
     fits = fits / (fits.sum(1, keepdim=True) + _EPS)

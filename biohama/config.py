@@ -75,16 +75,20 @@ class BioHamaConfig:
 
     @property
     def n_nodes(self) -> int:
-        """Nodes that exchange messages: one of each module, and the senses, the executive, the write and the erase gate."""
+        """Nodes that exchange messages: of each module, the senses, the executive, and the gates content and own."""
         return len(self.modules) + 4
 
     def _modules(self) -> tuple[str, ...]:
         names = self.modules
-        if isinstance(names, str) or not all(type(name) is str for name in names) or not len(names):
+        if not isinstance(names, (tuple, list)) or not names or not all(type(name) is str for name in names):
             raise ValueError(f"modules must be names out of {', '.join(MODULES)}, got {names!r}")
         for name in names:
             if name not in MODULES or list(names).count(name) > 1:
                 raise ValueError(f"modules must be different names out of {', '.join(MODULES)}, got {name!r}")
+        if not set(names) - {"forward", "backward"}:
+            raise ValueError(
+                f"modules must have one that finds a slot by itself, got only {', '.join(names)}: nothing would be read"
+            )
         return tuple(name for name in MODULES if name in names)  # one order, whatever was given
 
     def _check_int(self, name: str, low: int, high: int | None = None, what: str = "") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Executive(nn.Module):
     """x (B, T, D) -> states h (B, T, H).
 
-    event_t = sigmoid(a . x_t + b)         from the token alone
+    event_t = sigmoid(a . x_t + b)         from the token alone; in use 0 or 1
     h_t     = h_{t-1} + event_t (GRU(x_t, h_{t-1}) - h_{t-1})
     Where event is 0 nothing changes, however long it lasts: a plain GRU drifts over streams longer than those it was
     trained on, and with it everything that it decides. Source of the cell: Cho et al. 2014.
@@ -23,8 +23,8 @@ class Executive(nn.Module):
         nn.init.ones_(self.salience.bias)  # every token is an event until it has shown that it is none
 
     def event(self, x: Tensor) -> Tensor:
-        """(...) in 0..1, of tokens x (..., D)."""
-        return self.salience(x).squeeze(-1).sigmoid()
+        """Logit (...) of tokens x (..., D)."""
+        return self.salience(x).squeeze(-1)
 
     def start(self, batch_size: int) -> Tensor:
         """(B, H), before the first token."""

@@ -44,7 +44,7 @@ class HebbianMemory(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> addresses (B, T, T), causal. Gradients: x, parameters; which cells are active is a decision."""
+        """x (B, T, D) -> addresses (B, T, T), causal. Gradients: x, parameters; which cells are active is fixed."""
         stored = self.cue_rows(x)
         asked = stored if self.to_question is None else self.cue_rows(x, question=True)
         before = F.pad(stored[:, :-1], (0, 0, 1, 0))

@@ -27,7 +27,8 @@ class Phase(NamedTuple):
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
-    decided: ``own`` is 0 or 1. awake: events are 0 or 1. excluded: drive that a slot without content loses.
+    decided: events and ``own`` are 0 or 1. noise: else how much logistic noise their logits get. excluded: drive that a
+    slot without content loses.
     """
 
     floor: float = 0.0
@@ -35,27 +36,28 @@ class Phase(NamedTuple):
     threshold: float | None = None
     hard: bool = True
     decided: bool = True
-    awake: bool = True
+    noise: float = 0.0
     excluded: float = EXCLUDED
 
 
 class Control(NamedTuple):
     """What the nodes decide in every step.
 
-    router_logit: (..., M). content: (...) in 0..1, how much a slot counts as content. own: (...) in 0..1, how surely the
-    token of this step is the model's last answer.
+    router_logit: (..., M). content: (...) in 0..1, how much a slot counts as content. own: (...) in 0..1, how surely
+    the token of this step is the model's last answer; own_logit: (...).
     """
 
     router_logit: Tensor
     content: Tensor
     own: Tensor
+    own_logit: Tensor
 
 
 class Trace(NamedTuple):
     """All that happened in a stream.
 
     logits: (B, T, V), log-probabilities. router: (B, T, M), the weights. control: what the nodes decided.
-    event: (B, T) in 0..1, how much the executive was woken.
+    event_logit: (B, T), of the gates that wake the executive.
     proposals: (B, T, M, S + 1), the modules' addresses over S = T slots and the null slot, before winners take all.
     address: (B, T, S + 1), mixed. answers: (B, S + 1, V), the probabilities that each slot alone would give.
     names: the M modules.
@@ -64,7 +66,7 @@ class Trace(NamedTuple):
     logits: Tensor
     router: Tensor
     control: Control
-    event: Tensor
+    event_logit: Tensor
     proposals: Tensor
     address: Tensor
     answers: Tensor
@@ -80,8 +82,8 @@ class BioHamaModel(nn.Module):
     compete: Competition      hebb: HebbianMemory      percept: the current slot
     logits = log sum_i address_i softmax(scale E (x_i + W x_i) + bias):  what the slots would say, mixed
 
-    A slot says what it holds (the embedding is shared with the output), so that modules are told apart by where they look
-    and not by what the decoder makes of it. Parallel (``forward``) and step by step (``step``) are the same function.
+    A slot says what it holds (the embedding is shared with the output), so that modules are told apart by where they
+    look and not by what the decoder makes of it. ``forward`` (parallel) and ``step`` (one token) are the same function.
     """
 
     def __init__(self, config: BioHamaConfig) -> None:
@@ -108,6 +110,8 @@ class BioHamaModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of tokens (B, T) int64 in 0..vocab_size-1, 1 <= T <= n_slots.
 
+        They sum to what the address weighs, 1 where something was found, and log 0.00001 is the least that is said.
+
         [:, t] depends on tokens[:, :t+1] alone. Raises: TypeError, ValueError as ``check``. Gradients: parameters, of
         the choices that are made without gradient none (``objective`` trains a softer ``trace``). Determinism: bitwise.
         """
@@ -121,25 +125,28 @@ class BioHamaModel(nn.Module):
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Log-probabilities (B, V) after tokens (B,), and the next state; the state given may not be used again.
 
-        Equal to ``forward`` position by position, to rounding. Raises: as ``check``, and ValueError after n_slots tokens.
+        Equal to ``forward`` position by position, to rounding. Raises: as ``check``; ValueError for another batch size.
         """
+        if not isinstance(tokens, Tensor) or tokens.shape != state.h.shape[:1]:
+            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens must be a tensor of shape (B,) = ({len(state.h)},) as the state, got {got}")
         check(tokens.unsqueeze(-1), self.config, state.length)
-        return step(self, tokens, state)
+        return step(self, tokens, state, Phase())
 
     def decode(self, value: Tensor) -> Tensor:
         """What slots that hold value (..., D) would say: probabilities (..., V)."""
         scale = self.log_scale.exp() * self.config.d_model**-0.5
         return F.linear(value * scale, self.embedding.weight, self.bias).softmax(-1)
 
-    def control(self, x: Tensor, h: Tensor) -> Control:
+    def control(self, x: Tensor, h: Tensor, phase: Phase) -> Control:
         """What the nodes decide, from x (..., D) and the executive's h (..., d_hidden)."""
         m = len(self.config.modules)
         heard = torch.stack([self.sense(x), self.report(h)], -2)
         nodes = self.identity.expand(*x.shape[:-1], -1, -1)
         nodes = torch.cat([nodes[..., :2, :] + heard, nodes[..., 2:, :]], -2)
         nodes = self.messages(nodes.flatten(0, -3)).view(nodes.shape)
-        gates = (gate(nodes[..., m + 2 + i, :]) for i, gate in enumerate((self.content, self.own)))
-        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), *(gate.squeeze(-1).sigmoid() for gate in gates))
+        content, own = (gate(nodes[..., m + 2 + i, :]).squeeze(-1) for i, gate in enumerate((self.content, self.own)))
+        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), content.sigmoid(), opened(own, phase), own)
 
     def trace(self, tokens: Tensor, phase: Phase | None = None) -> Trace:
         """All that happens in the stream; arguments and errors as ``forward``; phase None: as the model is used."""
@@ -147,14 +154,13 @@ class BioHamaModel(nn.Module):
         phase = phase or Phase()
         x = self.embedding(tokens)
         event = self.executive.event(x)
-        control = self.control(x, self.executive(x, binary(event) if phase.awake else event))
-        own = binary(control.own) if phase.decided else control.own
+        control = self.control(x, self.executive(x, opened(event, phase)), phase)
         answers = self.decode(self.memory.write(x))
         heard = answers[:, :-1].detach().gather(2, tokens.unsqueeze(1).expand(-1, tokens.shape[1], -1)).transpose(1, 2)
         router = self._route(control.router_logit, phase)
-        soft = self._look(x, control.content, own, heard, phase)
+        soft = self._look(x, control.content, control.own, heard, phase)
         chosen = [winner(p) for p in soft] if phase.hard and self.config.winner_take_all else soft
-        address, before = self._follow(router, chosen, heard, own)
+        address, before = self._follow(router, chosen, heard, control.own)
         proposals = torch.stack([*self._moves(before), *soft], 2)
         logits = (self.memory.read(address, answers) + _FLOOR).log()
         return Trace(logits, router, control, event, proposals, address, answers, self.config.modules)
@@ -217,16 +223,22 @@ class BioHamaModel(nn.Module):
         return f"vocab_size={self.config.vocab_size}, modules={', '.join(self.config.modules)}"
 
 
-def binary(gate: Tensor) -> Tensor:
-    """1 where gate > 0.5, else 0; its gradient is that of gate (straight through)."""
-    return (gate > 0.5).to(gate.dtype) + gate - gate.detach()
+def opened(logit: Tensor, phase: Phase) -> Tensor:
+    """A gate (...) of its logit (...): all or none in use; in training a binary concrete variable, soft and noisy, so
+    that only a gate that is sure of itself passes on what it should. Source: Maddison, Mnih, Teh 2017."""
+    if phase.decided:
+        return (logit > 0).to(logit.dtype)
+    if phase.noise > 0:
+        uniform = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+        logit = logit + phase.noise * uniform.logit()
+    return (logit * (1 + phase.noise)).sigmoid()
 
 
 def check(tokens: Tensor, config: BioHamaConfig, before: int = 0) -> None:
     """Refuses what the model cannot read: tokens (B, T) after the ``before`` that it has read already.
 
-    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, more than n_slots tokens in all, and, on CPU tensors
-        outside torch.compile, for a symbol outside the vocabulary.
+    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, more than n_slots tokens in all, and, on CPU
+        tensors outside torch.compile, for a symbol outside the vocabulary.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be an int64 tensor, got {getattr(tokens, 'dtype', type(tokens).__name__)}")

@@ -1,8 +1,8 @@
 """What BioHama is trained on: its answer, what every module would have answered alone, and the router's credit.
 
-Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in use,
-one winner, one module, a state that changes at events, is where the soft solution goes when the three penalties below
-have made it sure of itself; nothing hard is trained through.
+Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in
+use, one winner, one module, a state that changes at events, is where the soft solution goes when noise and two
+penalties have made it sure of itself; nothing hard is trained through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .model import BioHamaModel, Phase, Trace
 
 IGNORE = -100
 PARTS = ("exploration", "modules", "responsibility", "credit", "rest", "quiet")
-_REST, _QUIET, _SURE, _SHARP = 0.2, 0.1, 4.0, 0.3
+_REST, _QUIET, _SHARP = 0.3, 0.05, 0.3
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -31,7 +31,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
     """How soft the model is at progress 0..1 of its training; threshold is the router's in the end.
 
     The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
-    the exclusion of slots without content from 0.3 to 0.7; from 0.7 events are all or none.
+    the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45.
     """
     return Phase(
         floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
@@ -39,7 +39,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
         threshold=threshold * ramp(progress, 0.3, 0.6),
         hard=False,
         decided=False,
-        awake=progress >= 0.7,
+        noise=ramp(progress, 0.2, 0.45),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
     )
 
@@ -55,7 +55,7 @@ def training_loss(
         every sequence), credit (the router's), rest and quiet (penalties of events and of ``own``).
     Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
     """
-    for name in without:
+    for name in [without] if isinstance(without, str) else without:
         if name not in PARTS:
             raise ValueError(f"without must be names out of {', '.join(PARTS)}, got {name!r}")
     scored = batch.targets != IGNORE
@@ -72,8 +72,8 @@ def training_loss(
         "modules": (1 - progress) * module_loss(alone, scored, share),
         "credit": ramp(progress, 0.5, 0.7)
         * -(trace.control.router_logit[scored].log_softmax(-1) + alone).logsumexp(-1).mean(),
-        "rest": _REST * calm(trace.event, progress),
-        "quiet": _QUIET * calm(trace.control.own, progress),
+        "rest": _REST * calm(trace.event_logit, progress),
+        "quiet": _QUIET * calm(trace.control.own_logit, progress),
     }
     loss = torch.stack([value for name, value in parts.items() if name not in without]).sum()
     return loss, {name: value.detach() for name, value in parts.items()}
@@ -99,7 +99,6 @@ def module_loss(alone: Tensor, scored: Tensor, share: float) -> Tensor:
     return (((1 - share) / m + share * best) * cost).sum() / length.sum()
 
 
-def calm(gate: Tensor, progress: float) -> Tensor:
-    """Few open gates, from 0.25 to 0.45 of the training on; from 0.65 to 0.7 on sure ones instead: 4 g (1 - g)."""
-    early = 1 - ramp(progress, 0.65, 0.7)
-    return early * ramp(progress, 0.25, 0.45) * gate.mean() + (1 - early) * _SURE * (gate * (1 - gate)).mean()
+def calm(logit: Tensor, progress: float) -> Tensor:
+    """What open gates cost, softplus of the logit: one that is wide open feels it too. From 0.15 of the training."""
+    return ramp(progress, 0.15, 0.35) * F.softplus(logit).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 from .addresses import corrected, first_slot, newest, oldest, shifted, winner
 
 if TYPE_CHECKING:
-    from .model import BioHamaModel
+    from .model import BioHamaModel, Phase
 
 _CAPACITY = 64  # slots at the start; doubled when they are full
 
@@ -76,15 +76,15 @@ def grown(state: State, n_slots: int) -> State:
     )
 
 
-def step(model: BioHamaModel, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+def step(model: BioHamaModel, tokens: Tensor, state: State, phase: Phase) -> tuple[Tensor, State]:
     """Log-probabilities (B, V) after tokens (B,), and the next state; slots are written in place."""
     config, t = model.config, state.length
     if t == state.drive.shape[1]:
         state = grown(state, config.n_slots)
     x = model.embedding(tokens)
-    h = model.executive.step(x, state.h, (model.executive.event(x) > 0.5).to(x.dtype))
-    control = model.control(x, h)
-    own = (control.own > 0.5).to(x.dtype)
+    h = model.executive.step(x, state.h, (model.executive.event(x) > 0).to(x.dtype))
+    control = model.control(x, h, phase)
+    own = control.own
     heard = state.answers[:, :-1].gather(2, tokens.view(-1, 1, 1).expand(-1, state.drive.shape[1], 1)).squeeze(2)
     last, room = state.address[:, :-1], state.room
     if t:
@@ -103,7 +103,7 @@ def step(model: BioHamaModel, tokens: Tensor, state: State) -> tuple[Tensor, Sta
 
 
 def mix(model: BioHamaModel, router: Tensor, x: Tensor, last: Tensor, queue: Tensor, state: State) -> Tensor:
-    """(B, C + 1): the modules' addresses weighted by the router (B, M); only those that some sample listens to are made."""
+    """(B, C + 1): the modules' addresses weighted by the router (B, M); those that nobody listens to are not made."""
     t, slots = state.length, last.shape[1]
     look = {
         "forward": lambda: shifted(last, 1) if t else torch.zeros_like(last),

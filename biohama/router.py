@@ -27,8 +27,8 @@ class Router(nn.Module):
     def forward(self, nodes: Tensor, *, threshold: float | None = None, floor: float = 0.0) -> Tensor:
         """Router weights.
 
-        Args: nodes (..., M, D); threshold instead of the router's own; floor in 0..1, the share that is spread evenly over
-            all modules (for training).
+        Args: nodes (..., M, D); threshold instead of the router's own; floor in 0..1, the share that is spread evenly
+            over all modules (for training).
         Raises: ValueError for a wrong shape. Gradients: nodes, parameters.
         """
         return self.choose(self.logits(nodes), self.threshold if threshold is None else threshold, floor)

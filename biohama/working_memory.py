@@ -36,7 +36,8 @@ class WorkingMemory(nn.Module):
             raise ValueError(f"slots must be (B, S + 1, D) = ({b}, {n}, D) for this address, got {tuple(slots.shape)}")
         if not 0 < self.read_width < n:
             return address @ slots
-        weight, index = address.reshape(b * t, n).topk(self.read_width)
+        flat = address.reshape(b * t, n)  # chosen as in ``read_step``, ties included
+        weight, index, _ = bio_kernels.topk_gather(flat, flat.new_zeros(n, 1), self.read_width, backend=self.backend)
         first = torch.arange(b, device=address.device).repeat_interleave(t).unsqueeze(1) * n
         table = slots.reshape(b * n, -1)
         return bio_kernels.weighted_rows(table, index + first, weight, backend=self.backend).view(b, t, -1)

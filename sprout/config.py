@@ -21,7 +21,8 @@ class SproutConfig:
     initial_sparsity: neurons active at the start, the same for every sample.
     final_sparsity: K, the most neurons that may be active in a sample; every pattern has this many slots.
     n_heads: heads of the encoder's and of the neurons' attention.
-    n_encoder_layers: Transformer layers that read the tokens.
+    n_encoder_layers: Transformer layers that read the tokens; 0: the neurons look at the embedded tokens themselves.
+    conv_width: tokens that a causal convolution, one filter for each channel, joins before that; 1: none.
     max_seq_len: longest input in tokens.
     causal: tokens see earlier ones only; prefix mode and generation need it.
     dropout: fraction of the encoder's activations dropped in training.
@@ -46,6 +47,7 @@ class SproutConfig:
     final_sparsity: int = 256
     n_heads: int = 8
     n_encoder_layers: int = 2
+    conv_width: int = 1
     max_seq_len: int = 512
     causal: bool = True
     dropout: float = 0.0
@@ -62,8 +64,9 @@ class SproutConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_neurons", "d_state", "n_heads", "n_encoder_layers", "max_seq_len"):
+        for name in ("vocab_size", "n_neurons", "d_state", "n_heads", "conv_width", "max_seq_len"):
             self._check_int(name, 1)
+        self._check_int("n_encoder_layers", 0)
         self._check_int("n_interaction_steps", 0)
         self._check_int("final_sparsity", 1, "n_neurons")
         self._check_int("initial_sparsity", 1, "final_sparsity")

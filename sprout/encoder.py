@@ -35,7 +35,7 @@ class Activation(NamedTuple):
 
 
 class InputToActivation(nn.Module):
-    """tokens (B, T) -> Activation: embedding, Transformer, attention pooling to z, the neurons nearest to z.
+    """tokens (B, T) -> Activation: embedding, convolution, Transformer, pooling to z, the neurons nearest to z.
 
     z = LayerNorm(h_e + pooled_e), e the last token and pooled = multi-head attention from h_e to every h;
     score_n = z . signature_n / sqrt(D) + threshold_n;
@@ -49,6 +49,7 @@ class InputToActivation(nn.Module):
         self.config, d = config, config.d_state
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.position = nn.Embedding(config.max_seq_len, d)
+        self.joined = nn.Conv1d(d, d, config.conv_width, groups=d) if config.conv_width > 1 else None
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 d, config.n_heads, 4 * d, config.dropout, F.gelu, batch_first=True, norm_first=True
@@ -81,7 +82,7 @@ class InputToActivation(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         else:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
-        h = self.embedding(tokens) + self.position(positions)
+        h = self._join(self.embedding(tokens), real) + self.position(positions)
         hidden = self._hidden(tokens.shape[1], real, tokens.device)
         for layer in self.layers:
             h = layer(h, src_mask=self._per_head(hidden))
@@ -92,6 +93,13 @@ class InputToActivation(nn.Module):
             hidden = None if real is None else ~real.unsqueeze(1)
         pooled = self.pooling(asks, h, h, attn_mask=self._per_head(hidden), need_weights=False)[0]
         return self.norm(asks + pooled), h, hidden
+
+    def _join(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """x (B, T, D) + a convolution over each token and the conv_width - 1 before it, padding (~real) as zeros."""
+        if self.joined is None:
+            return x
+        seen = x if real is None else x * real.unsqueeze(-1)
+        return x + self.joined(F.pad(seen.transpose(1, 2), (self.config.conv_width - 1, 0))).transpose(1, 2)
 
     def _hidden(self, length: int, real: Tensor | None, device: torch.device) -> Tensor | None:
         """Which tokens (last axis) a token may not see: (T, T) or (B, T, T); each sees itself, also as padding."""

@@ -1,7 +1,7 @@
 """What SPROUT is measured against: a plain GPT, and SPROUT's own encoder without the pool.
 
-Both take a SproutConfig, of which they read vocab_size, d_state, n_heads, n_encoder_layers, max_seq_len and dropout,
-and are called as SPROUT is.
+Both take a SproutConfig, of which they read vocab_size, d_state, n_heads, n_encoder_layers, max_seq_len and dropout
+(the encoder conv_width too), and are called as SPROUT is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class GPT(Pretrained, nn.Module):
 
     def __init__(self, config: SproutConfig) -> None:
         super().__init__()
+        if config.n_encoder_layers < 1:
+            raise ValueError(f"n_encoder_layers must be an integer >= 1 for a GPT, got {config.n_encoder_layers}")
         self.config, d = config, config.d_state
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.position = nn.Embedding(config.max_seq_len, d)

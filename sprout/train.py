@@ -39,7 +39,7 @@ from .train_config import (
 )
 
 log = logging.getLogger("sprout.train")
-OF_CONTROLS = ("d_state", "n_heads", "n_encoder_layers", "dropout")  # the sizes that a gpt and an encoder have
+OF_CONTROLS = ("d_state", "n_heads", "n_encoder_layers", "conv_width", "dropout")  # sizes of a gpt and an encoder
 LIBRARIES = ("accelerate", "safetensors", "psutil", "tqdm")
 NOT_OF_A_RUN = ("out", "resume", "force", "config")
 

@@ -16,6 +16,9 @@ MODELS = ("sprout", "gpt", "encoder")
 SET_BY_TRAINING = ("vocab_size", "max_seq_len", "causal")  # by the tokenizer, by window, always true
 # In prefix mode a batch is batch_size * window patterns: a wide pool of large states is for a GPU.
 MODEL_DEFAULTS = {"d_state": 128, "n_heads": 4, "initial_sparsity": 32, "final_sparsity": 64, "recruits_per_step": 8}
+# Behind a deep encoder the pool has nothing left to do (docs/language-model.md): here it reads embedded tokens.
+MODEL_DEFAULTS |= {"n_encoder_layers": 0, "conv_width": 4}
+GPT_DEFAULTS = {"n_encoder_layers": 4}
 DEBUG = {
     "max_steps": 20,
     "batch_size": 4,
@@ -28,7 +31,6 @@ DEBUG = {
     "initial_sparsity": 16,
     "final_sparsity": 32,
     "recruits_per_step": 4,
-    "n_encoder_layers": 1,
 }
 DEBUG_CHARACTERS = 20_000
 # A resumed run with another value of any other option would not be the run that was interrupted.
@@ -203,7 +205,8 @@ def merge(given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
     own = {**from_file, **given}
     debug = DEBUG if own.get("debug_mode") else {}
     defaults = {item.name: item.default for item in fields(SproutConfig) if item.name not in SET_BY_TRAINING}
-    return {**asdict(TrainConfig()), **defaults, **MODEL_DEFAULTS, **debug, **own}
+    control = GPT_DEFAULTS if own.get("model") == "gpt" else {}
+    return {**asdict(TrainConfig()), **defaults, **MODEL_DEFAULTS, **control, **debug, **own}
 
 
 def continue_with(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +224,8 @@ def parts(options: dict[str, Any], vocab_size: int) -> tuple[TrainConfig, Sprout
     """The two configs of a complete set of options. Raises: OptionError."""
     config = TrainConfig(**{name: options[name] for name in train_names()})
     sizes = {name: options[name] for name in model_names()}
+    if config.model == "gpt" and sizes["n_encoder_layers"] == 0:
+        raise OptionError("--n_encoder_layers must be an integer >= 1 for --model gpt, got 0")
     try:
         return config, SproutConfig(vocab_size=vocab_size, max_seq_len=config.window, causal=True, **sizes)
     except ValueError as error:  # its texts begin with the name of the field

@@ -8,11 +8,16 @@ from sprout.objective import balance_loss, next_token, settling_loss
 from sprout.sampling import likeliest
 from tests.sprout_models import pattern_of, small, some_tokens, wired
 
+READERS = pytest.mark.parametrize(
+    "reader", [{}, {"n_encoder_layers": 0, "conv_width": 4}], ids=["layers", "convolution"]
+)
 
+
+@READERS
 @pytest.mark.parametrize("connection", ["dense", "block_sparse"])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_prefix_logits_are_those_of_the_prefix_alone(connection, steps):
-    model = wired(small(connection=connection, blocks_per_row=2, n_interaction_steps=steps)).double().eval()
+def test_prefix_logits_are_those_of_the_prefix_alone(connection, steps, reader):
+    model = wired(small(connection=connection, blocks_per_row=2, n_interaction_steps=steps, **reader)).double().eval()
     tokens = some_tokens(3, 7)
     logits = model(tokens, all_positions=True)
     assert logits.shape == (3, 7, 50)
@@ -32,9 +37,10 @@ def test_prefix_patterns_are_those_of_the_prefix_alone():
             torch.testing.assert_close(every.gate[rows], alone.gate, rtol=0, atol=1e-10)
 
 
-def test_later_tokens_change_nothing():
+@READERS
+def test_later_tokens_change_nothing(reader):
     """Bit for bit: a leak of later tokens would make every figure of a language model wrong."""
-    model, tokens = wired(small()), some_tokens(2, 8)
+    model, tokens = wired(small(**reader)), some_tokens(2, 8)
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 50
     before, after = (model(x, all_positions=True) for x in (tokens, changed))
@@ -42,9 +48,10 @@ def test_later_tokens_change_nothing():
     assert not torch.isclose(before[:, 5:], after[:, 5:]).all(-1).any()
 
 
+@READERS
 @pytest.mark.parametrize("left", [False, True])
-def test_prefix_mode_with_padding(left):
-    model, tokens = wired(small()).double().eval(), some_tokens(1, 6)
+def test_prefix_mode_with_padding(left, reader):
+    model, tokens = wired(small(**reader)).double().eval(), some_tokens(1, 6)
     junk = some_tokens(1, 3, seed=3)
     padded = torch.cat([junk, tokens] if left else [tokens, junk], 1)
     mask = torch.tensor([[0] * 3 + [1] * 6 if left else [1] * 6 + [0] * 3])

@@ -69,7 +69,7 @@ class TrainOptions:
     when one reaches it, null: never. without: parts of BioHama's objective to leave out, of PARTS.
     """
 
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 32
     lr: float = 1.5e-3
     warmup_steps: int = 100
