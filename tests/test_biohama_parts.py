@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biohama import Competition, Executive, HebbianMemory, MessagePassing, Router, SparseAttention
+from biohama import BioHamaConfig, Competition, Executive, HebbianMemory, MessagePassing, Router, SparseAttention
 from biohama import WorkingMemory as Memory
 from biohama.addresses import corrected, first_slot, newest, newest_so_far, oldest, shifted, winner
 from tests.biohama_models import difference
