@@ -10,7 +10,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 
 @pytest.mark.default_memory
-@pytest.mark.parametrize("code", BLOCKS, ids=["operations", "sprout", "prefix"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["operations", "sprout", "prefix", "biohama"])
 def test_examples_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
