@@ -16,10 +16,9 @@ from .hebbian import HebbianMemory
 from .message_passing import MessagePassing
 from .recurrence import State, start, step
 from .router import Router
-from .working_memory import WorkingMemory
+from .working_memory import FLOOR, WorkingMemory
 
 POINTERS = {"forward": 1, "backward": -1, "stay": 0}  # modules that move the last address, and by how much
-_FLOOR = 1e-5  # of a probability, so that its logarithm is finite
 
 
 class Phase(NamedTuple):
@@ -162,7 +161,7 @@ class BioHamaModel(nn.Module):
         chosen = [winner(p) for p in soft] if phase.hard and self.config.winner_take_all else soft
         address, before = self._follow(router, chosen, heard, control.own)
         proposals = torch.stack([*self._moves(before), *soft], 2)
-        logits = (self.memory.read(address, answers) + _FLOOR).log()
+        logits = (self.memory.read(address, answers) + FLOOR).log()
         return Trace(logits, router, control, event, proposals, address, answers, self.config.modules)
 
     def _route(self, logit: Tensor, phase: Phase) -> Tensor:

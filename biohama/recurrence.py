@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addresses import corrected, first_slot, newest, oldest, shifted, winner
+from .working_memory import FLOOR
 
 if TYPE_CHECKING:
     from .model import BioHamaModel, Phase
@@ -45,14 +46,16 @@ def start(model: BioHamaModel, batch_size: int) -> State:
     with torch.no_grad():
         answers = weight.new_zeros(batch_size, c + 1, config.vocab_size)
         answers[:, -1] = model.decode(model.memory.null)
-        empty = [weight.new_zeros(batch_size, c) for _ in range(3)]
+        drive, content, room = (weight.new_zeros(batch_size, c) for _ in range(3))
         address = F.pad(first_slot(batch_size, c, weight), (0, 1))
         return State(
             0,
             model.executive.start(batch_size),
             weight.new_zeros(batch_size, config.d_model),
             answers,
-            *empty,
+            drive,
+            content,
+            room,
             model.hebbian.start(batch_size, c),
             address,
             torch.zeros_like(address),
@@ -98,7 +101,7 @@ def step(model: BioHamaModel, tokens: Tensor, state: State, phase: Phase) -> tup
         model.hebbian.write_(state.trace, t, state.x)
     queue = model.competition.propose(state.drive, room)
     address = mix(model, model.router.choose(control.router_logit, config.threshold), x, last, queue, state)
-    logits = (model.memory.read_step(address, state.answers) + 1e-5).log()
+    logits = (model.memory.read_step(address, state.answers) + FLOOR).log()
     return logits, state._replace(length=t + 1, h=h, x=x, room=room, address=address, queue=queue)
 
 

@@ -6,6 +6,8 @@ import bio_kernels
 import torch
 from torch import Tensor, nn
 
+FLOOR = 1e-5  # of a probability that is read, so that its logarithm is finite
+
 
 class WorkingMemory(nn.Module):
     """Slots (B, S, D), and a null slot after them that holds what is said when nothing is left.

@@ -127,7 +127,7 @@ def test_multirun(tmp_path):
         "seed=0,1",
         "out=many",
     ]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     found = {tuple(path.parent.name.split("-")[:3]) for path in (tmp_path / "many").glob("*/results.json")}
     assert found == {(task, "gru", seed) for task in ("copy", "sort") for seed in ("s0", "s1")}
