@@ -16,7 +16,7 @@ EXCLUDED = 30.0  # what a slot without content loses in drive: more than any pri
 class Competition(nn.Module):
     """x (B, T, D) -> addresses (B, T, S + 1) of the strongest slot that is left; the null slot when none is.
 
-    drive_i    = 3 priority . x_i + log content_i - excluded (1 - content_i)
+    drive_i    = 3 priority . x_i + log max(content_i, 0.01) - excluded (1 - content_i)
     address_t  = softmax over i <= t of (drive_i + log room_i), and of null_drive for the null slot
     said_t     = address_{t-1} P(token_t | slot), normalised: which of the proposed slots this step's token came from
     room       <- room - own_t said_t        (not below 0), before address_t is made

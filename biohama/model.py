@@ -26,8 +26,8 @@ class Phase(NamedTuple):
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
-    decided: events and ``own`` are 0 or 1. noise: else how much logistic noise their logits get. excluded: drive that a
-    slot without content loses.
+    decided: events and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get, which are
+    also multiplied by 1 + noise. excluded: drive that a slot without content loses.
     """
 
     floor: float = 0.0
@@ -100,7 +100,7 @@ class BioHamaModel(nn.Module):
         self.router = Router(len(config.modules), n, config.threshold)
         self.content = nn.Linear(n, 1)
         self.own = nn.Linear(n, 1)
-        self.memory = WorkingMemory(d, d, config.read_width, config.backend)
+        self.memory = WorkingMemory(d, config.read_width, config.backend)
         self.competition = Competition(d, config.inhibition)
         self.hebbian = HebbianMemory(d, config.d_cue, config.cue_active, config.tied_cue, config.backend)
         self.log_scale = nn.Parameter(torch.tensor(-0.7))

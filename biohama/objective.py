@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .competition import EXCLUDED
 from .model import BioHamaModel, Phase, Trace
+from .tasks.base import IGNORE
 
-IGNORE = -100
 PARTS = ("exploration", "modules", "responsibility", "credit", "rest", "quiet")
-_REST, _QUIET, _SHARP = 0.3, 0.05, 0.3
+_REST, _QUIET = 0.3, 0.05  # what an open event and an open ``own`` cost, nats per unit of their logit
+_NARROW = 0.3  # nats per symbol by which a module must be better to get e times the share of a sequence
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -95,7 +96,7 @@ def module_loss(alone: Tensor, scored: Tensor, share: float) -> Tensor:
     sample, m = scored.nonzero()[:, 0], alone.shape[1]
     length = scored.sum(1, keepdim=True)
     cost = alone.new_zeros(len(scored), m).index_add(0, sample, -alone)
-    best = (-cost.detach() / length.clamp(min=1) / _SHARP).softmax(1)
+    best = (-cost.detach() / length.clamp(min=1) / _NARROW).softmax(1)
     return (((1 - share) / m + share * best) * cost).sum() / length.sum()
 
 

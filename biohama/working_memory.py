@@ -16,23 +16,26 @@ class WorkingMemory(nn.Module):
     read:  sum_i address_i value_i, over the read_width highest weights of the address (0: over all)
     erase: room_i <- max(0, room_i - amount address_i), how much of a slot is still to be had
 
-    Args: d_model, width of x; d_value, D; read_width; backend, see bio_kernels.
+    Args: d_model, D; read_width; backend, see bio_kernels.
     """
 
-    def __init__(self, d_model: int, d_value: int, read_width: int = 8, backend: str = "auto") -> None:
+    def __init__(self, d_model: int, read_width: int = 8, backend: str = "auto") -> None:
         super().__init__()
         self.read_width, self.backend = read_width, backend
-        self.to_value = nn.Linear(d_model, d_value, bias=False)
+        self.to_value = nn.Linear(d_model, d_model, bias=False)
         nn.init.zeros_(self.to_value.weight)
-        self.null = nn.Parameter(torch.randn(d_value))
+        self.null = nn.Parameter(torch.randn(d_model))
 
     def write(self, x: Tensor) -> Tensor:
-        """What the slots of x (B, S, d_model) hold, the null slot last: (B, S + 1, D)."""
+        """What the slots of x (B, S, D) hold, the null slot last: (B, S + 1, D). Gradients: x, parameters."""
         value = x + self.to_value(x)
         return torch.cat([value, self.null.expand(len(x), 1, -1)], 1)
 
     def read(self, address: Tensor, slots: Tensor) -> Tensor:
-        """What T addresses find: address (B, T, S + 1), slots (B, S + 1, D) -> (B, T, D). Gradients: both."""
+        """What T addresses find: address (B, T, S + 1), slots (B, S + 1, any width) -> (B, T, width).
+
+        Gradients: both. Raises: ValueError if slots are not those of the address.
+        """
         b, t, n = address.shape
         if slots.shape[:2] != (b, n):
             raise ValueError(f"slots must be (B, S + 1, D) = ({b}, {n}, D) for this address, got {tuple(slots.shape)}")

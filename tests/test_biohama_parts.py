@@ -128,7 +128,7 @@ def test_a_router_never_picks_what_is_absent(threshold, floor):
 
 @torch.no_grad()
 def test_working_memory_writes_and_reads():
-    memory, x = Memory(6, 6, read_width=3), torch.randn(2, 5, 6)
+    memory, x = Memory(6, read_width=3), torch.randn(2, 5, 6)
     slots = memory.write(x)
     assert slots[:, :5].equal(x), "at the start a slot holds what was heard"
     assert slots[:, 5].equal(memory.null.expand(2, 6))
@@ -150,7 +150,7 @@ def test_working_memory_writes_and_reads():
 
 
 def test_a_sparse_read_has_the_gradients_of_a_dense_one():
-    memory = Memory(3, 3, read_width=2)
+    memory = Memory(3, read_width=2)
     address = torch.zeros(1, 2, 4, dtype=torch.float64).scatter(-1, torch.tensor([[[0, 2], [1, 3]]]), 0.4)
     address, slots = address.requires_grad_(), torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
     there = torch.randn(1, 2, 3, dtype=torch.float64)

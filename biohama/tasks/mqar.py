@@ -26,7 +26,7 @@ class MQAR:
     second place behind the pairs; the i-th of these places is taken with probability ~ i^(power_a - 1), no place
     twice, so that a small power_a asks soon after the pairs and 1 asks anywhere. Fillers are any symbols except the
     sequence's own keys. The environment supplies every token; only queries are scored. The question that decides the
-    side of the split is the set of pairs. Source: Arora et al. 2023 (arXiv 2312.04927), section 4.
+    side of the split is the set of pairs. After Arora et al. 2023 (arXiv 2312.04927).
 
     vocab_size: V; PAD is 0, keys 1..(V-1)//2, values the rest.
     lengths: T of each split; pairs: (fewest, most) n of each split, both with the same splits, "train" among them.
