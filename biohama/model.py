@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .addresses import corrected, first_slot, newest_so_far, oldest, shifted, winner
-from .competition import EXCLUDED, Competition
+from .competition import EXCLUDED, FOCUS, Competition
 from .config import BioHamaConfig
 from .executive import Executive
 from .hebbian import HebbianMemory
@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
     decided: events and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get, which are
-    also multiplied by 1 + noise. excluded: drive that a slot without content loses.
+    also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the competing queue.
     """
 
     floor: float = 0.0
@@ -37,6 +37,7 @@ class Phase(NamedTuple):
     decided: bool = True
     noise: float = 0.0
     excluded: float = EXCLUDED
+    focus: float = FOCUS
 
 
 class Control(NamedTuple):
@@ -178,7 +179,7 @@ class BioHamaModel(nn.Module):
         look = {
             "oldest": lambda: oldest(content).unsqueeze(1).expand(-1, length, -1).tril(),
             "newest": lambda: newest_so_far(content),
-            "compete": lambda: self.competition(x, content, own, heard, hard, phase.excluded),
+            "compete": lambda: self.competition(x, content, own, heard, hard, phase.excluded, phase.focus),
             "hebb": lambda: self.hebbian(x),
             "percept": lambda: torch.eye(length, device=x.device).expand(len(x), -1, -1),
         }

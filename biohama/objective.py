@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .competition import EXCLUDED
+from .competition import EXCLUDED, FOCUS
 from .model import BioHamaModel, Phase, Trace
 from .tasks.base import IGNORE
 
@@ -32,7 +32,8 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
     """How soft the model is at progress 0..1 of its training; threshold is the router's in the end.
 
     The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
-    the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45.
+    the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45, the queue's focus
+    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it.
     """
     return Phase(
         floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
@@ -42,6 +43,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
         decided=False,
         noise=ramp(progress, 0.2, 0.45),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
+        focus=1 + (FOCUS - 1) * ramp(progress, 0.45, 0.9),
     )
 
 
