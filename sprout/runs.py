@@ -6,7 +6,7 @@
     RUN/checkpoints/step-XXXXXXXX/      see sprout.checkpoint
     RUN/lock                host and pid of the process that writes here
 
-Needs the extra `train` (safetensors, psutil); no other part of the library.
+Needs the extra `train` (safetensors, psutil, tqdm); no other part of the library.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .disk import DiskError, Lock, LockError, explained, remove_folder, remove_leftovers, replace_file
 from .interrupt import Interrupt
+from .progress import Reporter
 
 __all__ = [
     "Checkpoint",
@@ -44,6 +45,7 @@ __all__ = [
     "DiskError",
     "Interrupt",
     "LockError",
+    "Reporter",
     "RunError",
     "RunFolder",
     "check_new",

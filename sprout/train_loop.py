@@ -18,15 +18,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from . import hub
 from .disk import replace_file
 from .pretrained import TOKENIZER
-from .runs import Interrupt, RunError, RunFolder, environment
+from .runs import Interrupt, Reporter, RunError, RunFolder, environment
 from .sampling import generate
 from .train_metrics import pattern_figures
-from .train_report import Reporter
 from .trainer import Plan, Trainer
 
 log = logging.getLogger("sprout.train")
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 256
 ANALYSED = 20_000  # characters of the validation text that the report is made from
+SHOWN = {
+    "train": ("loss", "lr", "grad_norm", "tokens_per_second", "active_mean", "jaccard", "gate_change"),
+    "val": ("loss", "bits_per_character", "active_mean", "jaccard", "gate_change", "used_share", "seconds"),
+}
 
 
 def make_accelerator(plan: Plan) -> Accelerator:
@@ -95,7 +98,9 @@ class Loop:
             self._restore()
         if self.folder is not None:
             self.folder.record_start(trainer.step, environment(self.config.seed, device_name(self.accelerator.device)))
-            self.reporter = Reporter(self.folder, trainer.step, trainer.total, self.config.tensorboard)
+            self.reporter = Reporter(
+                self.folder, trainer.step, trainer.total, shown=SHOWN, log=log, tensorboard=self.config.tensorboard
+            )
         self._log_start()
         try:
             self._steps()

@@ -20,6 +20,7 @@ from tests.training import reset
 
 SMALL = {"name": "gru", "width": 16}
 TRAIN = {"steps": 12, "batch_size": 4, "warmup_steps": 2, "log_every": 5, "check_every": 4, "save_every": 4}
+TRAIN["tensorboard"] = False
 EVALUATION = {"sequences": 6, "batch_size": 4, "splits": ["train", "ood"]}
 TINY = {"task": "copy", "model": SMALL, "train": TRAIN, "evaluation": EVALUATION, "device": "cpu"}
 

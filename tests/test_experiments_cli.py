@@ -20,6 +20,7 @@ from tests.training import reset
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["train.steps=4", "train.batch_size=2", "train.log_every=1", "evaluation.sequences=3", "device=cpu"]
+FLAGS += ["train.tensorboard=false"]
 GRU = ["model=gru", "model.width=16"]
 SLOW = ["task=copy", "model=gru", "train.steps=100000", "train.log_every=1", "train.batch_size=2", "device=cpu"]
 

@@ -22,7 +22,7 @@ from ..objective import PARTS
 
 DEVICES = ("auto", "cpu", "cuda")
 # What may change when a run is continued, and what is not part of a run: the rest makes it another one.
-FREE_ON_RESUME = ("evaluation", "train.save_every")
+FREE_ON_RESUME = ("evaluation", "train.save_every", "train.tensorboard")
 NOT_OF_A_RUN = ("out", "force")
 
 
@@ -67,6 +67,7 @@ class TrainOptions:
     log_every, save_every: steps between lines of metrics, between checkpoints.
     check_every: steps between measurements of the Seq-Acc on fresh training sequences, 0: none; stop_at: the run ends
     when one reaches it, null: never. without: parts of BioHama's objective to leave out, of PARTS.
+    tensorboard: write RUN/tensorboard, too.
     """
 
     steps: int = 1200
@@ -79,6 +80,7 @@ class TrainOptions:
     check_every: int = 0
     stop_at: float | None = None
     without: list[str] = field(default_factory=list)
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every"):
@@ -257,7 +259,7 @@ def changes(config: Config) -> dict[str, Any]:
     preset = Config(task=next((t for t in TASK_GROUPS.values() if t == config.task), TaskOptions(config.task.name)))
     preset.model = MODELS[config.model.name]
     now, then = flat(of_a_run(config)), flat(of_a_run(preset))
-    besides = ("seed", "threads", "device", "train.save_every", "train.log_every")
+    besides = ("seed", "threads", "device", "train.save_every", "train.log_every", "train.tensorboard")
     keys = [k for k in now if k not in besides and not k.startswith("evaluation")]
     return {key: now[key] for key in keys if key not in then or then[key] != now[key]}
 

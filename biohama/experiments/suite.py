@@ -51,14 +51,19 @@ class Suite:
 
     def configs(self) -> list[Config]:
         """Every run, seed after seed, so that an early end leaves whole comparisons. Raises: OptionError."""
-        found = {}
+        found = []
         for seed, task, model in product(self.seeds, self.tasks, self.models):
             choice = {"task": _with(task, self.options.get("task")), "model": _with(model, self.options.get("model"))}
-            config = make_config({"threads": 1, **self.options, **choice, "seed": seed})
-            build_model(config.model, build_task(config.task).vocab_size)
-            config.out = str(Path(self.out) / run_name(config))
-            found[config.out] = config
-        return list(found.values())
+            found.append(placed(self.out, {**self.options, **choice, "seed": seed}))
+        return list({config.out: config for config in found}.values())
+
+
+def placed(out: str, options: Mapping[str, Any]) -> Config:
+    """A run with one thread, if options do not say otherwise, in a folder below out. Raises: OptionError."""
+    config = make_config({"threads": 1, **options})
+    build_model(config.model, build_task(config.task).vocab_size)
+    config.out = str(Path(out) / run_name(config))
+    return config
 
 
 def _with(name: Any, options: Any) -> Any:
@@ -83,16 +88,15 @@ def start(config: Config) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def run(suite: Suite) -> int:
-    """Runs what is missing. Returns: the exit code."""
-    configs = suite.configs()
+def run(configs: Sequence[Config], jobs: int) -> int:
+    """Runs what is missing, jobs at once. Returns: the exit code."""
     todo = [config for config in configs if not (Path(str(config.out)) / "results.json").exists()]
     log.info("%d runs, %d of them are done", len(configs), len(configs) - len(todo))
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed, told = [], False
     with Interrupt() as stop:
         while running or (todo and not stop.signal):
-            while todo and len(running) < suite.jobs and not stop.signal:
+            while todo and len(running) < jobs and not stop.signal:
                 config = todo.pop(0)
                 running[str(config.out)] = start(config)
             if stop.signal and not told:
@@ -127,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "out" not in own:
             raise OptionError("out must be given: the folder of the runs, as in out=runs/grid")
         suite = Suite(**own, options=given)
-        suite.configs()
+        configs = suite.configs()
     except (ValueError, TypeError) as error:
         print(f"biohama.experiments.suite: error: {error}", file=sys.stderr)
         return 2
-    return run(suite)
+    return run(configs, suite.jobs)
 
 
 if __name__ == "__main__":

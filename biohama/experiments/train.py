@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sprout.runs import (
     Interrupt,
+    Reporter,
     RunError,
     RunFolder,
     check_new,
@@ -29,6 +31,8 @@ from .evaluate import check_splits, evaluate, headline
 from .trainer import Trainer
 
 log = logging.getLogger("biohama.experiments")
+SHOWN = {"train": ("loss", "steps_per_second"), "check": ("seq_acc",)}
+LINE_EVERY = 10  # records of training for one line of log
 
 
 def train_one(options: Config | Mapping[str, Any], *, resume: bool = False) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def train_one(options: Config | Mapping[str, Any], *, resume: bool = False) -> d
         refuse_used(path)
     seed_everything(config.seed)
     trainer = Trainer(config, task, accelerator)
-    with Interrupt() as stop, open_folder(config, path, old) as folder:
+    with Interrupt() as stop, open_folder(config, path, old) as folder, logging_redirect_tqdm():
         return Loop(trainer, folder, stop).run(old)
 
 
@@ -95,6 +99,8 @@ def open_folder(config: Config, path: Path, old: bool) -> RunFolder:
 class Loop:
     """The steps of a run and what is due between them."""
 
+    reporter: Reporter
+
     def __init__(self, trainer: Trainer, folder: RunFolder, stop: Interrupt) -> None:
         self.trainer, self.folder, self.stop, self.options = trainer, folder, stop, trainer.options
         self.clock, self.saved = time.perf_counter(), -1
@@ -110,7 +116,13 @@ class Loop:
         device = str(trainer.accelerator.device)
         self.folder.record_start(trainer.step, environment(config.seed, device))
         log.info("%s: from step %d to %d", self.folder.path, trainer.step, self.options.steps)
-        self._steps()
+        self.reporter = Reporter(
+            self.folder, trainer.step, self.options.steps, shown=SHOWN, log=log, tensorboard=self.options.tensorboard
+        )
+        try:
+            self._steps()
+        finally:
+            self.reporter.close()
         if self.saved != trainer.step:
             self._save()
         started = time.perf_counter()
@@ -138,6 +150,7 @@ class Loop:
         while not trainer.finished and not self._stopped():
             facts = trainer.train_step()
             self._tick()
+            self.reporter.bar.update()
             if self._due(o.log_every) or trainer.finished:
                 self._log(facts, begun)
                 begun = (trainer.seconds, trainer.step)
@@ -153,9 +166,9 @@ class Loop:
         trainer = self.trainer
         speed = (trainer.step - begun[1]) / max(1e-9, trainer.seconds - begun[0])
         figures = {"loss": trainer.mean_loss(), **{name: plain(value) for name, value in facts.items()}}
-        self.folder.log(trainer.step, kind="train", **figures, steps_per_second=speed, seconds=trainer.seconds)
-        if trainer.step % (10 * self.options.log_every) == 0 or trainer.finished:
-            log.info("step %d  loss %.4f  %.1f steps/s", trainer.step, figures["loss"], speed)
+        figures |= {"steps_per_second": speed, "seconds": trainer.seconds}
+        quiet = trainer.step % (LINE_EVERY * self.options.log_every) > 0 and not trainer.finished
+        self.reporter.record(trainer.step, "train", figures, quiet=quiet)
 
     def _checked(self) -> bool:
         return any(r["step"] == self.trainer.step and r["kind"] == "check" for r in self.folder.metrics())
@@ -164,7 +177,7 @@ class Loop:
         reached = self.trainer.check()
         if self.options.stop_at is not None and reached >= self.options.stop_at:
             self.trainer.done, self.saved = True, -1  # a checkpoint of this step, if there is one, does not know yet
-        self.folder.log(self.trainer.step, kind="check", seq_acc=reached)
+        self.reporter.record(self.trainer.step, "check", {"seq_acc": reached})
         self.clock = time.perf_counter()  # measuring is not training
 
     def _save(self) -> None:
