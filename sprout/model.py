@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import SproutConfig
 from .decoder import OutputDecoder
+from .distributed import Group, join_patterns, joint_group
 from .encoder import InputToActivation
 from .interaction import NeuronInteraction
 from .pattern import ActivationPattern, gate_change, jaccard
@@ -122,15 +123,28 @@ class BrainLikeSprout(Pretrained, nn.Module):
         eta: float,
         decay: float = 0.0,
         bound: float | None = 1.0,
+        process_group: Group = None,
     ) -> None:
         """Strengthens, in place, the connections of neurons that were active together; call it after ``backward``.
 
         strength[p, q] += eta / B * sum_b (gate_bp gate_bq - decay gate_bq^2 strength[p, q]), then clamp to +-bound.
         Args: pattern, one pattern or a history (each of its patterns with eta / length); eta, fraction per call;
             decay 0 for Hebb's rule, 1 for Oja's (1982); bound >= 0 or None, dimensionless.
+            process_group: whose samples the rule is about. None: those of all processes, where torch.distributed is
+            initialised; "local": this process's alone, after which the processes' strengths differ.
         Raises: ValueError for an empty history or a pattern of another pool. Gradients: none. Determinism: bitwise.
+
+        Several processes: every process of the group calls it, each time, also without samples (B = 0, or []), or the
+        others wait. B may differ. Patterns travel, L * B * (8 K + 4) bytes from each process whatever N is, and every
+        process applies the rule to the joined batch: the strengths, if they were the same before, stay so to the bit,
+        and are to the bit those of one process with all samples in order of rank. To sum changes of the strengths
+        would take L exchanges of 4 N^2 bytes (or of all stored blocks, as processes touch different ones), and its
+        order of summation would not be that of one process. The price: each process computes the whole update.
         """
         history = [pattern] if isinstance(pattern, ActivationPattern) else list(pattern)
+        group = joint_group(process_group)
+        if group is not None:
+            history = join_patterns(history, self.config.n_neurons, self.pool.threshold.device, group)
         if not history:
             raise ValueError("pattern must hold at least one ActivationPattern, got an empty history")
         for other in {p.n_neurons for p in history} - {self.config.n_neurons}:
