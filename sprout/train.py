@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from .train_config import (
     model_names,
     parts,
     read_options,
+    windows_per_step,
 )
 
 log = logging.getLogger("sprout.train")
@@ -155,6 +157,11 @@ def check_options(options: dict[str, Any], given: dict[str, Any]) -> None:
             log.warning("--%s has no effect on --model %s", name, options["model"])
 
 
+def processes() -> int:
+    """How many processes the launcher started; torchrun and accelerate launch say it in WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def new_run(given: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], Path]:
     """(plan, what config.json keeps, folder) of a run from its options. Raises: as ``plan_run``; RunError."""
     options = merge(given, read_options(arguments.config) if arguments.config else {})
@@ -165,7 +172,7 @@ def new_run(given: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any, 
     plan = plan_run(options, None, source)
     if options["data"] is not None:  # so that the run can be resumed from another folder
         options["data"] = str(Path(options["data"]).resolve())
-    return plan, {"options": options, "text": describe(source)}, out
+    return plan, {"options": options, "text": describe(source), "processes": processes()}, out
 
 
 def old_run(given: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], Path]:
@@ -179,13 +186,21 @@ def old_run(given: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any, 
         stored, text = request["options"], request["text"]
     except KeyError as error:
         raise RunError(f"{out / 'config.json'} lacks {error}: it is not a run of sprout-train") from None
-    options = continue_with(given, {**merge({}, {}), **stored})
+    before, now = request.get("processes", processes()), processes()
+    stored = {**merge({}, {}), **stored}
+    options = continue_with(given, stored, before, now)
+    had, has = windows_per_step(stored, before), windows_per_step(options, now)
+    if had != has and os.environ.get("RANK", "0") == "0":
+        told = (
+            "a step takes %d windows instead of %d, at the same lr: the run had %d processes, now %d; give --batch_size"
+        )
+        log.warning(f"{told} or --grad_accumulation with --resume to keep it", has, had, before, now)
     check_options(options, given)
     source = read_source(options)
     if describe(source) != text:
         raise TextError(f"the text of {out} has changed since: it was {text}, now it is {describe(source)}")
     tokenizer = load_tokenizer(read_file(out, TOKENIZER).decode(), str(out / TOKENIZER))
-    return plan_run(options, tokenizer, source), {**request, "options": options}, out
+    return plan_run(options, tokenizer, source), {**request, "options": options, "processes": now}, out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(plan.config.threads)
     try:
         return fit(plan, request, out, resume=bool(arguments.resume), force=arguments.force)
-    except (LockError, NotImplementedError) as error:
+    except LockError as error:
         return _fail(error, 2)
     except (RunError, CheckpointError, DiskError) as error:
         return _fail(error, 1)

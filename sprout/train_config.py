@@ -45,6 +45,7 @@ FREE_ON_RESUME = (
     "analyze_activation",
     "data",  # its content is compared
 )
+PER_PROCESS = ("batch_size", "grad_accumulation")
 
 
 class OptionError(ValueError):
@@ -209,15 +210,32 @@ def merge(given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
     return {**asdict(TrainConfig()), **defaults, **MODEL_DEFAULTS, **control, **debug, **own}
 
 
-def continue_with(given: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored options of a run with those given that may change. Raises: OptionError for one that may not."""
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != stored[name]:
+def continue_with(given: dict[str, Any], stored: dict[str, Any], before: int = 1, now: int = 1) -> dict[str, Any]:
+    """The stored options of a run with those given that may change. Raises: OptionError for one that may not.
+
+    Args: before, now, numbers of processes. Where they differ those of PER_PROCESS may change so that a step takes as
+        many windows as before.
+    """
+    changed = [name for name, value in given.items() if name not in FREE_ON_RESUME and value != stored[name]]
+    options = {**stored, **given}
+    for name in changed:
+        if before == now or name not in PER_PROCESS:
             raise OptionError(
-                f"--{name} {value} cannot be changed on --resume: the run was made with {stored[name]!r}, and another "
-                f"value would make another run; leave it out, or start a new run with --out"
+                f"--{name} {given[name]} cannot be changed on --resume: the run was made with {stored[name]!r}, and "
+                f"another value would make another run; leave it out, or start a new run with --out"
             )
-    return {**stored, **given}
+    had, has = windows_per_step(stored, before), windows_per_step(options, now)
+    if changed and had != has:
+        raise OptionError(
+            f"--batch_size {options['batch_size']} x --grad_accumulation {options['grad_accumulation']} x {now} "
+            f"processes make {has} windows per step, the run has {had}; choose them to make as many, or give neither"
+        )
+    return options
+
+
+def windows_per_step(options: dict[str, Any], processes: int) -> int:
+    """Windows that all processes together learn from in an optimizer step."""
+    return options["batch_size"] * options["grad_accumulation"] * processes
 
 
 def parts(options: dict[str, Any], vocab_size: int) -> tuple[TrainConfig, SproutConfig]:

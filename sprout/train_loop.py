@@ -58,8 +58,6 @@ def fit(plan: Plan, request: dict[str, Any], out: Path, *, resume: bool, force: 
     Raises: RunError, LockError, CheckpointError, DiskError.
     """
     accelerator = make_accelerator(plan)
-    if plan.config.hebb is not None and accelerator.num_processes > 1:
-        raise NotImplementedError("--plasticity with more than one process is not supported yet; use one process")
     with Interrupt() as stop, ExitStack() as stack:
         stack.callback(accelerator.end_training)  # ends the group of processes, where there is one
         folder = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -156,28 +157,28 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything besides the weights that the next step depends on, as a tree; call it on every process."""
-        own = [random_state()]
+        own, several = [random_state()], self.accelerator.num_processes > 1
+        loss: Any = self.accelerator.reduce(self.loss_sum, "mean") if several else self.loss_sum
         scaler = self.accelerator.scaler
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "sampler": self.sampler.get_state(),
-            "random": gather_object(own) if self.accelerator.num_processes > 1 else own,
+            "random": gather_object(own) if several else own,
             "scaler": None if scaler is None else scaler.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
-            "loss": [float(self.loss_sum), self.loss_steps],
+            "loss": [float(loss), self.loss_steps],
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
 
     def restore(self, found: Checkpoint) -> None:
-        """Continues where a checkpoint was made. Raises: RunError if it was made by another number of processes."""
+        """Continues where a checkpoint was made, bitwise if by as many processes.
+
+        With another number of them each takes the random state of its rank, and one that had none is seeded from seed,
+        rank and step. Windows are drawn as before; sums over processes and dropout differ.
+        """
         state = found.state
-        if len(state["random"]) != self.accelerator.num_processes:
-            raise RunError(
-                f"{found.path} was made by {len(state['random'])} processes, not {self.accelerator.num_processes}; "
-                f"resume with as many"
-            )
         for name, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
             if state[name] != now:
                 log.warning(
@@ -192,4 +193,16 @@ class Trainer:
         self.step, self.seconds, self.best = found.step, state["seconds"], state["best"]
         self.loss_sum.fill_(state["loss"][0])
         self.loss_steps = state["loss"][1]
-        set_random_state(state["random"][self.accelerator.process_index])
+        self._restore_random(state["random"])
+
+    def _restore_random(self, states: list[dict[str, Any]]) -> None:
+        rank, n = self.accelerator.process_index, self.accelerator.num_processes
+        if len(states) != n and self.accelerator.is_main_process:
+            change = (
+                "the checkpoint is of %d processes, now there are %d: from step %d on the run is not bitwise the same"
+            )
+            log.warning(f"{change} (order of sums, dropout)", len(states), n, self.step)
+        if rank < len(states):
+            set_random_state(states[rank])
+        else:
+            seed_everything(int(np.random.SeedSequence((self.config.seed, rank, self.step)).generate_state(1)[0]))
