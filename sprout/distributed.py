@@ -102,6 +102,6 @@ def _packed(
     packed = torch.zeros(length, batch, 1 + slots + slots * dtype.itemsize // 4, dtype=torch.int32, device=device)
     for row, (idx, gate, count, _) in zip(packed, history, strict=False):  # an empty history leaves its rows empty
         b, k = idx.shape
-        bits = gate.detach().to(dtype).contiguous().view(torch.int32)
+        bits = gate.detach().to(dtype).clone(memory_format=torch.contiguous_format).view(torch.int32)
         row[:b, 0], row[:b, 1 : 1 + k], row[:b, 1 + slots : 1 + slots + bits.shape[1]] = count, idx, bits
     return packed

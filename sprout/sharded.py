@@ -156,6 +156,24 @@ class _Rows(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+class _Shared(torch.autograd.Function):
+    """x, the same on every process -> x; backward sums what the processes did with it."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Any) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        return torch.stack(gather(grads[0], ctx.group)).sum(0, dtype=wide).to(grads[0].dtype), None
+
+
 def _exchange(x: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
     """Rows of x, send[r] of them to process r, for those of all others, receive[r] from process r, in order of rank."""
     if group is None:
@@ -182,8 +200,8 @@ def sharded_topk(
         int64 ascending, ties to the lowest neuron, NaN greatest; gate (B, k) in local_score's dtype.
     Raises: ValueError, on all processes at once, for a wrong shape or k, and where B, k or dtype differ.
     Cost: one exchange of four numbers, which the host waits for; k scores and neurons of each sample from each process.
-    Gradients: gate -> local_score, of its own neurons: every process must compute the same from gate, as it does where
-        only the pool is spread. Determinism: bitwise.
+    Gradients: gate -> local_score, once, those of the sum of all processes' losses, as in ``ShardedTable``; every
+        process must call backward on something computed from gate. Determinism: bitwise, summed in order of rank.
     """
     group = joint_group(process_group)
     problem = _score_problem(local_score, k)
@@ -206,7 +224,8 @@ def sharded_topk(
     here = score.shape[1]  # the same bits, with a way back to the scores of this process, also if it has none
     mine = (neuron >= first) & (neuron < first + here)
     own = local_score.gather(1, (neuron - first).clamp(0, here - 1)) if here else local_score.sum(1, keepdim=True)
-    return torch.where(mine, own, best), neuron
+    gate = torch.where(mine, own, best)
+    return gate if group is None else _Shared.apply(gate, group), neuron
 
 
 def _score_problem(score: Any, k: Any) -> str | None:

@@ -196,7 +196,8 @@ def test_sharded_topk_is_topk_to_the_bit(found):
     for number, (sizes, (dtype, k)) in enumerate(product(SCORED[world], TOPKS)):
         score = workers.scores(dtype).requires_grad_()
         gate, idx, _ = bio_kernels.topk_gather(score, torch.zeros(13, 1), k)
-        (gate.nan_to_num(0, 0, 0) * torch.arange(1, k + 1, dtype=dtype)).sum().backward()
+        losses = sum(range(1, world + 1))  # of all processes
+        (gate.nan_to_num(0, 0, 0) * torch.arange(1, k + 1, dtype=dtype) * losses).sum().backward()
         grads = score.grad.split(sizes, 1)
         for (own, _, _), wanted in zip(results["topk"], grads, strict=True):
             got_gate, got_idx, grad = own[number]
