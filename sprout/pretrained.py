@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from bio_kernels import BlockSparse
 from torch import Tensor, nn
 
 from .config import SproutConfig
@@ -57,19 +58,27 @@ def parse_config(text: str | bytes, source: str | Path) -> tuple[str, SproutConf
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies weights into model. Raises: PretrainedError that names what is missing, too much or of another shape."""
+    """Copies weights into model. Raises: PretrainedError that names what is missing, too much or of another shape.
+
+    A block-sparse matrix may store another number of blocks: neurons that were pruned took theirs with them.
+    """
     ours = model.state_dict()
+    matrices = [name for name, module in model.named_modules() if isinstance(module, BlockSparse)]
+    blocks = {f"{name}.{part}" for name in matrices for part in ("blocks", "cols")}
     problems = [f"{name} is missing" for name in ours if name not in weights]
     problems += [f"{name} is unknown" for name in weights if name not in ours]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in ours.items()
-        if name in weights and weights[name].shape != tensor.shape
+        if name in weights and weights[name].shape[name in blocks :] != tensor.shape[name in blocks :]
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise PretrainedError(f"{source} does not fit the model of its {CONFIG}: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(dict(weights))
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise PretrainedError(f"{source} does not fit the model of its {CONFIG}: {error}") from None
 
 
 def save_model(model: nn.Module, kind: str, folder: str | Path, tokenizer: str | None = None) -> None:

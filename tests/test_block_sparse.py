@@ -41,6 +41,28 @@ def test_only_blocks_that_are_all_zero_are_left_out() -> None:
     assert not bk.BlockSparse.from_dense(torch.zeros(48, 48), 16).to_dense().any()
 
 
+def test_the_strongest_blocks_of_each_row() -> None:
+    g = torch.Generator().manual_seed(0)
+    dense = torch.randn(96, 96, generator=g)
+    strength = bk.BlockSparse.from_dense(dense, 16, blocks_per_row=2)
+    norm = dense.reshape(6, 16, 6, 16).double().square().sum((1, 3))
+    expected = [sorted(sorted(range(6), key=lambda c, row=row: -row[c])[:2]) for row in norm.tolist()]
+    assert strength.cols.view(6, 2).tolist() == expected
+    tiles = dense.reshape(6, 16, 6, 16).transpose(1, 2)
+    assert torch.equal(strength.blocks, tiles[torch.arange(6).repeat_interleave(2), strength.cols.long()])
+    assert torch.equal(bk.BlockSparse.from_dense(dense, 16, blocks_per_row=6).to_dense(), dense)
+
+
+def test_the_layout_is_regular_also_where_blocks_are_zero() -> None:
+    dense = torch.zeros(64, 64)
+    dense[5, 60], dense[20, 20], dense[20, 40], dense[40, 3] = 1e-30, -2.0, 2.0, float("nan")
+    strength = bk.BlockSparse.from_dense(dense, 16, blocks_per_row=2)
+    assert strength.cols.view(4, 2).tolist() == [[0, 3], [1, 2], [0, 1], [0, 1]], "ties go to the lowest column"
+    assert bk.BlockSparse.from_dense(dense, 16, blocks_per_row=1).cols.tolist() == [3, 1, 0, 0]
+    with pytest.raises(ValueError, match=r"blocks_per_row must be in 1\.\.4 .*got 0"):
+        bk.BlockSparse.from_dense(dense, 16, blocks_per_row=0)
+
+
 def test_bsr_tensors_share_memory() -> None:
     dense, strength = matrix()
     bsr = strength.to_sparse_bsr()
@@ -97,6 +119,72 @@ def test_state_dict_of_another_layout_of_the_same_size() -> None:
     assert torch.equal(target.strength.to_dense(), dense)
     assert target.strength.storage.search_steps == source.strength.storage.search_steps
     assert torch.equal(spread(target.strength), dense[3:4] + dense[90:91])
+
+
+@pytest.mark.parametrize("stored", [0, 7, 36])
+def test_state_dict_of_another_number_of_blocks(stored: int) -> None:
+    dense, strength = matrix()
+    source = torch.zeros(36, 16, 16, dtype=torch.float64)
+    source[:stored] = 1.0
+    source = source.view(6, 6, 16, 16).transpose(1, 2).reshape(96, 96)
+    parameter = strength.blocks
+    strength.to_dense().sum().backward()
+    strength.load_state_dict(bk.BlockSparse.from_dense(source, 16).state_dict())
+    assert torch.equal(strength.to_dense(), source)
+    assert strength.blocks is parameter
+    assert parameter.grad is None, "a gradient of another shape"
+    assert torch.equal(spread(strength), source[3:4] + source[90:91])
+    assert not torch.equal(source, dense)
+
+
+def test_a_state_dict_that_is_no_layout_is_refused() -> None:
+    dense, strength = matrix()
+    state = strength.state_dict()
+    wrong = {"cols": state["cols"] + 6, "row_offsets": state["row_offsets"] * 2, "blocks": state["blocks"][1:]}
+    for name, x in wrong.items():
+        with pytest.raises(RuntimeError, match=r"(cols|row_offsets) must"):
+            strength.load_state_dict({**state, name: x})
+    assert torch.equal(strength.to_dense(), dense), "nothing was changed"
+    with pytest.raises(RuntimeError, match="size mismatch for row_offsets"):
+        strength.load_state_dict(bk.BlockSparse.random(64, blocks_per_row=1, block_size=16).state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for blocks"):
+        strength.load_state_dict(bk.BlockSparse.random(192, blocks_per_row=1, block_size=32).state_dict())
+
+
+def test_more_neurons() -> None:
+    dense, strength = matrix()
+    strength.blocks.requires_grad_(False)
+    g = torch.Generator().manual_seed(3)
+    more = strength.grown(32, blocks_per_row=3, generator=g)
+    assert more.shape == (128, 128)
+    assert torch.equal(more.to_dense()[:96, :96], dense)
+    assert not more.to_dense()[96:].any()
+    assert not more.to_dense()[:, 96:].any()
+    assert more.row_offsets.diff().tolist() == [*strength.row_offsets.diff().tolist(), 3, 3]
+    assert torch.equal(more.cols, torch.cat([strength.cols, more.cols[-6:]]))
+    assert torch.equal(more.cols, strength.grown(32, blocks_per_row=3, generator=g.manual_seed(3)).cols)
+    assert isinstance(more.blocks, nn.Parameter)
+    assert not more.blocks.requires_grad
+    reached = torch.cat([strength.grown(16, blocks_per_row=2, generator=g).cols[-2:] for _ in range(99)])
+    assert reached.unique().tolist() == list(range(7)), "columns of the whole new matrix"
+    for n in (0, 8, 24, -16):
+        with pytest.raises(ValueError, match=f"n must be a positive multiple of block_size=16, got {n}"):
+            strength.grown(n, blocks_per_row=1)
+    with pytest.raises(ValueError, match=r"blocks_per_row must be in 1\.\.7 .*got 8"):
+        strength.grown(16, blocks_per_row=8)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 3, 5], [4], [0, 1, 2, 3, 4, 5], [5]])
+def test_some_of_the_neurons(rows: list[int]) -> None:
+    dense, strength = matrix()
+    fewer, slot = strength.selected(torch.tensor(rows))
+    neurons = torch.cat([torch.arange(16 * r, 16 * r + 16) for r in rows])
+    assert torch.equal(fewer.to_dense(), dense[neurons][:, neurons])
+    assert torch.equal(fewer.blocks, strength.blocks[slot])
+    assert fewer.cols.dtype == strength.cols.dtype
+    assert isinstance(fewer.blocks, nn.Parameter)
+    fixed = bk.BlockSparse(strength.blocks.detach(), strength.row_offsets, strength.cols)
+    assert not list(fixed.selected(torch.tensor(rows))[0].parameters())
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save", "safetensors"])

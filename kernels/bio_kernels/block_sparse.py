@@ -94,16 +94,24 @@ class BlockSparse(nn.Module):
         return Storage(self.blocks, self.shape[0], self.row_offsets, self.cols, self._search_steps)
 
     @classmethod
-    def from_dense(cls, dense: Tensor, block_size: int = 32) -> BlockSparse:
+    def from_dense(cls, dense: Tensor, block_size: int = 32, blocks_per_row: int | None = None) -> BlockSparse:
         """The blocks of dense (N, N) that hold a value other than zero, copied; P = block_size divides N.
 
-        The blocks are an ``nn.Parameter`` of their own: no gradient flows back to dense. -0.0 counts as zero.
+        With blocks_per_row in 1..N/P, that many of each block row instead: those of the largest Frobenius norm, also
+        zeros; ties go to the lowest column, NaN counts as greatest. The blocks are an ``nn.Parameter`` of their own: no
+        gradient flows back to dense. -0.0 counts as zero.
         """
         if dense.dim() != 2 or dense.shape[0] != dense.shape[1]:
             raise ValueError(f"dense must be (N, N), got shape {tuple(dense.shape)}")
         rows = _block_rows(dense.shape[0], block_size)
         tiles = dense.detach().reshape(rows, block_size, rows, block_size).transpose(1, 2)
-        kept = (tiles != 0).any(-1).any(-1)
+        if blocks_per_row is None:
+            kept = (tiles != 0).any(-1).any(-1)
+        else:
+            _check_per_row(blocks_per_row, rows)
+            norm = torch.linalg.vector_norm(tiles, dim=(-2, -1), dtype=torch.float64)
+            order = norm.sort(dim=1, descending=True, stable=True).indices
+            kept = torch.zeros_like(norm, dtype=torch.bool).scatter_(1, order[:, :blocks_per_row], True)
         row, col = kept.nonzero(as_tuple=True)
         return cls(nn.Parameter(tiles[row, col]), _offsets(kept.sum(1)), col.to(torch.int32))
 
@@ -125,14 +133,50 @@ class BlockSparse(nn.Module):
         distinct. Values are normal with standard deviation ``std``; std = 0 gives zeros that are stored.
         """
         rows = _block_rows(n, block_size)
-        if not 1 <= blocks_per_row <= rows:
-            raise ValueError(f"blocks_per_row must be in 1..{rows} (n / block_size), got {blocks_per_row}")
-        place = torch.rand(rows, blocks_per_row, generator=generator, device=device, dtype=torch.float64)
-        edges = torch.arange(blocks_per_row + 1, device=device, dtype=torch.int64) * rows // blocks_per_row
-        cols = (edges[:-1] + (place * edges.diff()).long()).to(torch.int32).flatten()
+        _check_per_row(blocks_per_row, rows)
+        cols = _random_cols(rows, rows, blocks_per_row, generator, device)
         blocks = torch.empty(rows * blocks_per_row, block_size, block_size, device=device, dtype=dtype)
         blocks.normal_(0.0, std, generator=generator) if std else blocks.zero_()
         return cls(nn.Parameter(blocks), _offsets(torch.full((rows,), blocks_per_row, device=device)), cols)
+
+    def grown(self, n: int, *, blocks_per_row: int, generator: torch.Generator | None = None) -> BlockSparse:
+        """This matrix with n more neurons at the end, copied: the Z blocks there are, then those of the new block rows.
+
+        Args: n, a multiple of P; blocks_per_row, zero blocks of each new block row, at random columns of the whole new
+            matrix as ``random`` draws them; generator, on any device; None: torch's own on the CPU.
+        Raises: ValueError if n or blocks_per_row is not allowed.
+        """
+        p, old = self.block_size, self.row_offsets.numel() - 1
+        if n < p or n % p:
+            raise ValueError(f"n must be a positive multiple of block_size={p}, got {n}")
+        new = n // p
+        _check_per_row(blocks_per_row, old + new)
+        device = "cpu" if generator is None else generator.device
+        cols = _random_cols(new, old + new, blocks_per_row, generator, device).to(self.cols)
+        offsets = torch.arange(1, new + 1).to(self.row_offsets) * blocks_per_row + self.row_offsets[-1]
+        blocks = self.blocks.detach()
+        blocks = torch.cat([blocks, blocks.new_zeros(len(cols), p, p)])
+        return self._like(blocks, torch.cat([self.row_offsets, offsets]), torch.cat([self.cols, cols]))
+
+    def selected(self, rows: Tensor) -> tuple[BlockSparse, Tensor]:
+        """The matrix among some of the groups of P neurons, copied: its i-th block row and column are rows[i] here.
+
+        Args: rows, 1-D int64, ascending without repeats, at least one of 0..N/P-1.
+        Returns: the matrix, whose block rows hold the blocks between groups that are kept, and slot (Z',) int64: which
+            of the Z blocks here each of its blocks is.
+        """
+        place = torch.full_like(self.row_offsets[1:], -1, dtype=torch.int64)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        cols, row = place[self.cols.long()], place[_rows(self.row_offsets)]
+        slot = ((row >= 0) & (cols >= 0)).nonzero().squeeze(1)
+        per_row = torch.zeros_like(rows).index_add_(0, row[slot], torch.ones_like(slot))
+        offsets = _offsets(per_row).to(self.row_offsets.dtype)
+        return self._like(self.blocks.detach()[slot], offsets, cols[slot].to(self.cols.dtype)), slot
+
+    def _like(self, blocks: Tensor, row_offsets: Tensor, cols: Tensor) -> BlockSparse:
+        if isinstance(self.blocks, nn.Parameter):
+            blocks = nn.Parameter(blocks, requires_grad=self.blocks.requires_grad)
+        return BlockSparse(blocks, row_offsets, cols)
 
     def to_dense(self) -> Tensor:
         """(N, N) with zeros for the blocks that are not stored; differentiable with respect to ``blocks``."""
@@ -155,8 +199,21 @@ class BlockSparse(nn.Module):
             raise ValueError(f"matrix must be square, got shape {tuple(matrix.shape)}")
         return cls(nn.Parameter(matrix.values().detach()), matrix.crow_indices(), matrix.col_indices())
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Loads another layout too, also one with more or fewer blocks; a layout that is none is an error."""
+        given = [state_dict.get(prefix + name) for name in ("blocks", "row_offsets", "cols")]
+        if all(isinstance(x, Tensor) and not x.is_meta for x in given):
+            try:
+                _check_layout(*given)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+                return
+            fits = given[0].shape[1:] == self.blocks.shape[1:] and given[1].shape == self.row_offsets.shape
+            if fits and given[0].shape[0] != self.blocks.shape[0]:
+                self.blocks.grad = None
+                self.blocks.data = self.blocks.new_empty(given[0].shape[0], *self.blocks.shape[1:])
+                self.cols = self.cols.new_empty(given[0].shape[0])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._search_steps = _search_steps(self.row_offsets)
 
     def extra_repr(self) -> str:
@@ -174,3 +231,17 @@ def _block_rows(n: int, block_size: int) -> int:
 
 def _offsets(per_row: Tensor) -> Tensor:
     return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)]).to(torch.int32)
+
+
+def _check_per_row(blocks_per_row: int, rows: int) -> None:
+    if not 1 <= blocks_per_row <= rows:
+        raise ValueError(f"blocks_per_row must be in 1..{rows} (n / block_size), got {blocks_per_row}")
+
+
+def _random_cols(
+    rows: int, total: int, per_row: int, generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Block columns, ascending within a row, one from each of per_row equal ranges of 0..total-1: (rows * per_row,)."""
+    place = torch.rand(rows, per_row, generator=generator, device=device, dtype=torch.float64)
+    edges = torch.arange(per_row + 1, device=device, dtype=torch.int64) * total // per_row
+    return (edges[:-1] + (place * edges.diff()).long()).to(torch.int32).flatten()
