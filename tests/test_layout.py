@@ -38,7 +38,8 @@ TORCH_FILES = {
     "_registration": {"_index", "_checks", "_operator", "reference", "reference_pairs"},
     "_autograd": {"_registration", "_operator", "_index", "reference"},
     "ops": {"_autograd", "_registration", "_checks", "dense", "block_sparse", "_backend", "_index"},
-    "__init__": {"_backend", "block_sparse", "ops"},
+    "rewire": {"_checks", "block_sparse", "reference"},
+    "__init__": {"_backend", "block_sparse", "ops", "rewire"},
 }
 
 
