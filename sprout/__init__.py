@@ -5,7 +5,7 @@ from .decoder import OutputDecoder
 from .encoder import Activation, InputToActivation
 from .interaction import NeuronInteraction
 from .model import BrainLikeSprout, Settled, create_brain_like_sprout
-from .pattern import ActivationPattern, gate_change, jaccard
+from .pattern import ActivationPattern, gate_change, jaccard, silent_neurons
 from .pool import GlobalNeuronPool, Wiring
 
 __version__ = "0.1.0"
@@ -24,4 +24,5 @@ __all__ = [
     "create_brain_like_sprout",
     "gate_change",
     "jaccard",
+    "silent_neurons",
 ]

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import bio_kernels
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from . import resize
 from .config import SproutConfig
 from .decoder import OutputDecoder
 from .distributed import Group, join_patterns, joint_group
@@ -161,6 +163,14 @@ class BrainLikeSprout(Pretrained, nn.Module):
                 count=count,
                 backend=self.config.backend,
             )
+
+    def grow(self, n: int, *, optimizers: Sequence[Optimizer] = (), generator: torch.Generator | None = None) -> None:
+        """Adds n neurons that sleep until ``pool.waken`` rouses them: no output changes; see ``sprout.resize.grow``."""
+        resize.grow(self, n, optimizers=optimizers, generator=generator)
+
+    def prune(self, neurons: Tensor, *, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Removes neurons, for one those that ``silent_neurons`` names; see ``sprout.resize.prune``."""
+        resize.prune(self, neurons, optimizers=optimizers)
 
     def extra_repr(self) -> str:
         c = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,3 +65,23 @@ def gate_change(old: ActivationPattern, new: ActivationPattern) -> Tensor:
     left = old.gate.sum(1) - before.sum(1)  # gates are >= 0: what went silent changed by its whole gate
     union = old.count + new.count - found.sum(1)
     return ((new.gate - before).abs().sum(1) + left) / union
+
+
+def silent_neurons(patterns: ActivationPattern | Sequence[ActivationPattern], group_size: int = 1) -> Tensor:
+    """(N,) bool: the neurons that are active in no sample of these patterns.
+
+    Args: patterns, one or several over the same pool, such as the histories of many batches; group_size, divides N:
+        only neurons of groups of so many that are silent as a whole, which a block-sparse pool can do without.
+    Raises: ValueError. Gradients: none. Determinism: exact.
+    """
+    patterns = [patterns] if isinstance(patterns, ActivationPattern) else patterns
+    pools = {p.n_neurons for p in patterns}
+    if len(pools) != 1:
+        raise ValueError(f"patterns must be over one pool, got n_neurons of {sorted(pools)}")
+    n = pools.pop()
+    if group_size < 1 or n % group_size:
+        raise ValueError(f"group_size must divide n_neurons={n}, got {group_size}")
+    silent = torch.ones(n + 1, dtype=torch.bool, device=patterns[0].idx.device)
+    for pattern in patterns:  # padding marks the place after the last neuron
+        silent[torch.where(pattern.valid(), pattern.idx, n)] = False
+    return silent[:-1].view(-1, group_size).all(1).repeat_interleave(group_size)

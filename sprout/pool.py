@@ -58,6 +58,22 @@ class GlobalNeuronPool(nn.Module):
         """
         return torch.addmm(self.threshold, z * z.shape[1] ** -0.5, self.neuron_signatures.t())
 
+    @torch.no_grad()
+    def waken(self, silent: Tensor, *, rate: float) -> None:
+        """Makes silent neurons more excitable, in place: threshold += rate. Call it after the optimizer's step.
+
+        Homeostasis: a neuron that stays silent responds ever more easily, until it does. One that was just grown sleeps
+        about twice the norm of a signature below the others, and takes that over rate calls.
+        Args: silent (N,) bool, as ``silent_neurons`` gives it; rate > 0 and finite, the unit of a score per call.
+        Raises: ValueError. Gradients: none. Determinism: exact. Source: Turrigiano 2008.
+        """
+        if silent.dtype != torch.bool or silent.shape != self.threshold.shape:
+            n = len(self.threshold)
+            raise ValueError(f"silent must be (N,) = ({n},) bool, got {silent.dtype} of shape {tuple(silent.shape)}")
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"rate must be > 0 and finite, got {rate}")
+        self.threshold.add_(silent.to(self.threshold), alpha=rate)
+
     def wiring(self, n_steps: int, n_slots: int) -> list[Wiring]:
         """The pool for each of n_steps interaction steps of n_slots = B * K slots.
 

@@ -18,6 +18,7 @@ SMALL = dict(
     recruits_per_step=6,
     min_active=4,
 )
+BLOCKS = dict(connection="block_sparse", block_size=16, blocks_per_row=2)
 
 
 def small(seed=0, **changes):
@@ -31,6 +32,17 @@ def wired(model, seed=1):
     with torch.no_grad():
         strength = model.pool.connection_strength
         (strength if isinstance(strength, torch.Tensor) else strength.blocks).normal_(0, 0.3)
+    return model
+
+
+def trained_like(kind=(), **changes):
+    """A model whose weights are far from those at the start, on the reference."""
+    model = wired(small(backend="reference", **dict(kind), **changes))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        model.encoder.norm.weight.normal_(1.0, 0.5)
+        model.encoder.norm.bias.normal_(0.0, 0.5)
+        model.pool.threshold.normal_(-1.0, 1.0)
     return model
 
 

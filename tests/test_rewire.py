@@ -7,6 +7,7 @@ import re
 import bio_kernels as bk
 import pytest
 import torch
+from bio_kernels import rewire
 from bio_kernels.testing import active_neurons, generator, make_inputs
 from torch import Tensor
 
@@ -52,6 +53,13 @@ def test_co_activity_is_the_hebbian_term_of_each_block(with_count: bool, chunk: 
     assert bool((found.value > 0).all())
     again = bk.co_activity(idx, gate, count, N, P)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_pairs_are_held_a_chunk_at_a_time(monkeypatch) -> None:
+    monkeypatch.setattr("bio_kernels.rewire._PAIRS", 8)
+    assert rewire._chunks([4, 8, 9, 30, 31, 38]) == [(0, 2), (2, 3), (3, 4), (4, 6)], (
+        "a sample of 21 pairs stands alone"
+    )
 
 
 def test_co_activity_is_what_plasticity_adds_to_a_block() -> None:
