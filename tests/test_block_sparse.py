@@ -142,8 +142,8 @@ def test_a_state_dict_that_is_no_layout_is_refused() -> None:
     state = strength.state_dict()
     wrong = {"cols": state["cols"] + 6, "row_offsets": state["row_offsets"] * 2, "blocks": state["blocks"][1:]}
     for name, x in wrong.items():
-        with pytest.raises(RuntimeError, match=r"(cols|row_offsets) must"):
-            strength.load_state_dict({**state, name: x})
+        with pytest.raises(RuntimeError, match=r"strength\.(cols|row_offsets) must"):
+            Holder(strength).load_state_dict({f"strength.{k}": v for k, v in {**state, name: x}.items()})
     assert torch.equal(strength.to_dense(), dense), "nothing was changed"
     with pytest.raises(RuntimeError, match="size mismatch for row_offsets"):
         strength.load_state_dict(bk.BlockSparse.random(64, blocks_per_row=1, block_size=16).state_dict())
@@ -185,6 +185,13 @@ def test_some_of_the_neurons(rows: list[int]) -> None:
     assert isinstance(fewer.blocks, nn.Parameter)
     fixed = bk.BlockSparse(strength.blocks.detach(), strength.row_offsets, strength.cols)
     assert not list(fixed.selected(torch.tensor(rows))[0].parameters())
+
+
+@pytest.mark.parametrize("rows", [[], [1, 1], [2, 1], [0.0], [[0]], [-1, 2], [4, 6]])
+def test_rows_that_are_refused(rows: list) -> None:
+    x = torch.tensor(rows, dtype=torch.float32 if rows == [0.0] else torch.int64)
+    with pytest.raises(ValueError, match=r"rows must be (1-D int64|in 0\.\.5, got)"):
+        matrix()[1].selected(x)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save", "safetensors"])

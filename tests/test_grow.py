@@ -28,7 +28,7 @@ def some_optimizers(model):
 def train(model, optimizers, steps, wake=0.0):
     losses = []
     for step in range(steps):
-        o = next_token(model, some_tokens(4, 12, seed=step))
+        o = next_token(model, some_tokens(2, 9, seed=step))
         model.zero_grad()
         o.loss.backward()
         for optimizer in optimizers:

@@ -231,6 +231,7 @@ def test_what_is_refused_changes_nothing() -> None:
         (dict(max_new_per_row=-1), ValueError, r"max_new_per_row must be in 0\.\..*got -1"),
         (dict(max_new_per_row=1.0), TypeError, r"max_new_per_row must be an int, got float"),
         (dict(margin=-0.1), ValueError, r"margin must be finite and >= 0, got -0.1"),
+        (dict(wanted=wanted._replace(value=[1.0])), TypeError, r"wanted.value must be a torch.Tensor \(E,\), got list"),
         (dict(matrix=before), TypeError, r"matrix must be a BlockSparse, got Tensor"),
         (dict(wanted=wanted._replace(cols=wanted.cols + 1)), ValueError, r"wanted.cols must be in 0\.\.9, got 1\.\.10"),
         (

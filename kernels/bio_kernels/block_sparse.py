@@ -164,7 +164,13 @@ class BlockSparse(nn.Module):
         Args: rows, 1-D int64, ascending without repeats, at least one of 0..N/P-1.
         Returns: the matrix, whose block rows hold the blocks between groups that are kept, and slot (Z',) int64: which
             of the Z blocks here each of its blocks is.
+        Raises: ValueError if rows is not as above.
         """
+        last = self.row_offsets.numel() - 2
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.numel() or bool((rows.diff() <= 0).any()):
+            raise ValueError(f"rows must be 1-D int64, ascending without repeats, got {rows.dtype} {tuple(rows.shape)}")
+        if int(rows[0]) < 0 or int(rows[-1]) > last:
+            raise ValueError(f"rows must be in 0..{last}, got {int(rows[0])}..{int(rows[-1])}")
         place = torch.full_like(self.row_offsets[1:], -1, dtype=torch.int64)
         place[rows] = torch.arange(len(rows), device=rows.device)
         cols, row = place[self.cols.long()], place[_rows(self.row_offsets)]
@@ -206,7 +212,7 @@ class BlockSparse(nn.Module):
             try:
                 _check_layout(*given)
             except (TypeError, ValueError) as error:
-                errors.append(f"{prefix.rstrip('.')}: {error}")
+                errors.append(f"{prefix}{error}")
                 return
             fits = given[0].shape[1:] == self.blocks.shape[1:] and given[1].shape == self.row_offsets.shape
             if fits and given[0].shape[0] != self.blocks.shape[0]:

@@ -176,7 +176,7 @@ def rewire_(
     slot = weakest[offsets[new_row] + rank]
     taken = wanted.value[best] > (1 + margin) * use[slot]
 
-    fresh, col = torch.zeros_like(row, dtype=torch.bool), cols.long()
+    fresh, col = torch.zeros_like(row, dtype=torch.bool), cols.to(torch.int64, copy=True)
     fresh[slot[taken]] = True
     col[slot[taken]] = new_col[taken]
     source = (row * total + col).argsort()
@@ -192,12 +192,12 @@ def _wanted(wanted: tuple[Tensor, Tensor, Tensor], matrix: BlockSparse) -> CoAct
     """Checked, repeats added."""
     rows, cols, value = wanted
     total = matrix.row_offsets.numel() - 1
+    _checks.tensor("wanted.value", value, "(E,)", (1,))
     for name, x in (("rows", rows), ("cols", cols)):
         _checks.tensor(f"wanted.{name}", x, "(E,)", (1,), _checks.INDICES)
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < total:
             raise ValueError(f"wanted.{name} must be in 0..{total - 1}, got {int(x.min())}..{int(x.max())}")
         _checks.size(f"wanted.{name}", x, "(E,) as wanted.value", tuple(value.shape))
-    _checks.tensor("wanted.value", value, "(E,)", (1,))
     _checks.same_device(matrix=matrix, rows=rows, cols=cols, value=value)
     if not bool((value.isfinite() & (value >= 0)).all()):
         raise ValueError("wanted.value must be finite and >= 0")
