@@ -24,10 +24,10 @@ class MessagePassing(nn.Module):
         self.contract = nn.Linear(2 * d_node, d_node)
         self.norms = nn.ModuleList(nn.LayerNorm(d_node) for _ in range(2))
 
-    def forward(self, nodes: Tensor) -> Tensor:
-        """nodes (B, M, D) -> (B, M, D); errors as ``SparseAttention.forward``. Gradients: nodes, parameters."""
+    def forward(self, nodes: Tensor, noise: float = 0.0) -> Tensor:
+        """nodes (B, M, D) -> (B, M, D); noise, errors as ``SparseAttention.forward``. Gradients: nodes, parameters."""
         for _ in range(self.n_rounds):
-            nodes = self.norms[0](nodes + self.attention(nodes))
+            nodes = self.norms[0](nodes + self.attention(nodes, noise))
             nodes = self.norms[1](nodes + self.contract(F.gelu(self.expand(nodes))))
         return nodes
 

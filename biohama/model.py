@@ -28,6 +28,7 @@ class Phase(NamedTuple):
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
     decided: events and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get, which are
     also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the competing queue.
+    senders: noise by which nodes are let to send that are not the most salient.
     """
 
     floor: float = 0.0
@@ -38,6 +39,7 @@ class Phase(NamedTuple):
     noise: float = 0.0
     excluded: float = EXCLUDED
     focus: float = FOCUS
+    senders: float = 0.0
 
 
 class Control(NamedTuple):
@@ -144,7 +146,7 @@ class BioHamaModel(nn.Module):
         heard = torch.stack([self.sense(x), self.report(h)], -2)
         nodes = self.identity.expand(*x.shape[:-1], -1, -1)
         nodes = torch.cat([nodes[..., :2, :] + heard, nodes[..., 2:, :]], -2)
-        nodes = self.messages(nodes.flatten(0, -3)).view(nodes.shape)
+        nodes = self.messages(nodes.flatten(0, -3), phase.senders).view(nodes.shape)
         content, own = (gate(nodes[..., m + 2 + i, :]).squeeze(-1) for i, gate in enumerate((self.content, self.own)))
         return Control(self.router.logits(nodes[..., 2 : m + 2, :]), content.sigmoid(), opened(own, phase), own)
 

@@ -33,7 +33,8 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
 
     The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
     the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45, the queue's focus
-    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it.
+    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it. Who sends is
+    noisy to the end: the executive's report, once pushed out, would not come back.
     """
     return Phase(
         floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
@@ -44,6 +45,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
         noise=ramp(progress, 0.2, 0.45),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
         focus=1 + (FOCUS - 1) * ramp(progress, 0.45, 0.9),
+        senders=1.0 if explore else 0.0,
     )
 
 
