@@ -33,7 +33,7 @@ class SparseAttention(nn.Module):
         self.strength = nn.Parameter(torch.zeros(n_nodes, n_nodes))
 
     def gates(self, nodes: Tensor, noise: float = 0.0) -> Tensor:
-        """(B, M): how much each node sends; 0 for all but n_senders of each sample."""
+        """(B, M): how much each of nodes (B, M, D) sends, 0 for all but n_senders of a sample; noise as ``forward``."""
         score = self.salience(nodes).squeeze(-1) + self.salience_bias
         rank = score.detach()
         if noise > 0:
@@ -42,9 +42,10 @@ class SparseAttention(nn.Module):
         return torch.zeros_like(score).scatter(1, top.idx, score.gather(1, top.idx).sigmoid())
 
     def forward(self, nodes: Tensor, noise: float = 0.0) -> Tensor:
-        """Messages (B, M, D) of nodes (B, M, D); noise >= 0 on the salience by which senders are chosen, in units of it.
+        """Messages (B, M, D) of nodes (B, M, D).
 
-        Raises: ValueError for another M. Gradients: nodes, parameters.
+        noise >= 0: of the salience by which senders are chosen, for training, in its units. Raises: ValueError for
+        another M. Gradients: nodes, parameters.
         """
         if nodes.dim() != 3 or nodes.shape[1] != self.n_nodes:
             raise ValueError(f"nodes must be (B, n_nodes={self.n_nodes}, D), got {tuple(nodes.shape)}")

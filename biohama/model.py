@@ -28,7 +28,7 @@ class Phase(NamedTuple):
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
     decided: events and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get, which are
     also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the competing queue.
-    senders: noise by which nodes are let to send that are not the most salient.
+    senders: noise of the salience by which nodes are chosen to send.
     """
 
     floor: float = 0.0
