@@ -36,6 +36,8 @@ class SproutConfig:
     min_active: neurons that stay however weak they are.
     connection: "dense", one (N, N) matrix, or "block_sparse", a fixed number of stored blocks per block row.
     blocks_per_row, block_size: layout of the block-sparse matrix; without effect on a dense one.
+    active_groups: groups of block_size neurons that a sample may use, chosen before its neurons, so that a step costs
+        the same in a pool of any size (see ``sprout.paging``); needs "block_sparse". 0: all neurons are looked at.
     backend: which implementation of the operations to use, see bio_kernels.
     """
 
@@ -61,6 +63,7 @@ class SproutConfig:
     connection: str = "dense"
     blocks_per_row: int = 8
     block_size: int = 32
+    active_groups: int = 0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class SproutConfig:
         if self.connection == "block_sparse":
             self._check_choice("block_size", BLOCK_SIZES)
             self._check_blocks()
+        self._check_groups()
 
     def _check_int(self, name: str, low: int, high_name: str | None = None) -> None:
         value = getattr(self, name)
@@ -110,4 +114,22 @@ class SproutConfig:
         if type(self.blocks_per_row) is not int or not 1 <= self.blocks_per_row <= rows:
             raise ValueError(
                 f"blocks_per_row must be an integer in 1..n_neurons/block_size={rows}, got {self.blocks_per_row!r}"
+            )
+
+    def _check_groups(self) -> None:
+        self._check_int("active_groups", 0)
+        if self.active_groups == 0:
+            return
+        if self.connection != "block_sparse":
+            raise ValueError(
+                f"active_groups must be 0 unless connection is 'block_sparse', got {self.active_groups} with "
+                f"connection={self.connection!r}"
+            )
+        p, groups = self.block_size, self.n_neurons // self.block_size
+        needed = -(-max(self.final_sparsity, self.recruits_per_step) // p)
+        if not needed <= self.active_groups <= groups:
+            raise ValueError(
+                f"active_groups must be 0 or an integer in {needed}..{groups}: groups of block_size={p} that hold "
+                f"final_sparsity={self.final_sparsity} and recruits_per_step={self.recruits_per_step} neurons, of the "
+                f"n_neurons/block_size groups of the pool; got {self.active_groups}"
             )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SproutConfig
+from .paging import sparse_rows
 from .pattern import ActivationPattern
 
 
@@ -39,8 +40,12 @@ class OutputDecoder(nn.Module):
 
     def features(self, states: Tensor, pattern: ActivationPattern) -> Tensor:
         """(B, D): the settled pattern as one vector, what the head, or a head of your own, reads."""
-        gate = pattern.gate
-        read = bio_kernels.weighted_rows(self.readout, pattern.idx, gate, backend=self.config.backend)
+        gate, table, idx = pattern.gate, self.readout, pattern.idx
+        if self.config.active_groups and torch.is_grad_enabled() and table.requires_grad:
+            used = torch.where(pattern.valid(), idx, idx[:, :1])  # padding must not count as neuron 0
+            neuron, idx = used.unique(return_inverse=True)  # on a GPU this waits for their number
+            table = sparse_rows(table, neuron)
+        read = bio_kernels.weighted_rows(table, idx, gate, backend=self.config.backend)
         total = gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).tiny)
         mean = ((gate / total).unsqueeze(1) @ states).squeeze(1)
         held = self._attend(mean, states, pattern)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import SproutConfig
+from .paging import Page
 from .pattern import ActivationPattern
 from .pool import GlobalNeuronPool
 
@@ -19,11 +20,12 @@ class Activation(NamedTuple):
 
     pattern: the initial pattern, K slots of which initial_sparsity are in use.
     states: (B, K, D), states of the active neurons; padding slots hold finite values without meaning.
-    score: (B, N), how well the input matches each neuron.
+    score: (B, N), how well the input matches each neuron; in a pool with groups (B, n), of the neurons of the page.
     drift: (B, D), W_in z, what the input adds to the signature of every neuron that wakes up.
     tokens: (S, T, D), the encoded tokens, which the active neurons look at; B = S * G, pattern g of sample s in row
         s * G + g, G = T in prefix mode and else 1.
     hidden: (G, T) or (S, G, T) bool, which tokens a pattern's neurons may not see; None: none.
+    page: the part of a pool with groups that the batch uses; None: all of it.
     """
 
     pattern: ActivationPattern
@@ -32,6 +34,7 @@ class Activation(NamedTuple):
     drift: Tensor
     tokens: Tensor
     hidden: Tensor | None
+    page: Page | None = None
 
 
 class InputToActivation(nn.Module):
@@ -132,17 +135,19 @@ class InputToActivation(nn.Module):
         config = self.config
         z, encoded, hidden = self.encode(tokens, attention_mask, all_positions=all_positions)
         z = z.flatten(0, 1)
-        score, drift = pool.score(z), self.w_in(z)
-        first = bio_kernels.topk_gather(score, pool.neuron_signatures, config.initial_sparsity, backend=config.backend)
+        page, drift = pool.page(z) if config.active_groups else None, self.w_in(z)
+        score, signatures = (pool.score(z), pool.neuron_signatures) if page is None else (page.score, page.signatures)
+        first = bio_kernels.topk_gather(score, signatures, config.initial_sparsity, backend=config.backend)
         padding = config.final_sparsity - config.initial_sparsity
         pattern = ActivationPattern(
             F.pad(first.idx, (0, padding)),
             F.pad(first.gate.sigmoid(), (0, padding)),
             torch.full_like(first.idx[:, 0], config.initial_sparsity),
-            config.n_neurons,
+            len(signatures),
         )
+        pattern = pattern if page is None else page.globalise(pattern)
         states = F.pad(first.rows + drift.unsqueeze(1), (0, 0, 0, padding))
-        return Activation(pattern, states, score, drift, encoded, hidden)
+        return Activation(pattern, states, score, drift, encoded, hidden, page)
 
     def extra_repr(self) -> str:
         return f"initial_sparsity={self.config.initial_sparsity}, max_seq_len={self.config.max_seq_len}"

@@ -3,6 +3,7 @@
 A pattern has K slots, a fixed number, of which count[b] are in use: shapes never depend on what the neurons do, so a
 step compiles, is captured in a CUDA graph, and never waits for the device. Only active neurons are computed; the pool
 is touched twice a step, by the drive (B, N) that recruits and by the rows that the attention and the recruits gather.
+Of a pool with groups (``sprout.paging``) all this happens within its page: N is the number of neurons in it.
 """
 
 from __future__ import annotations
@@ -74,10 +75,15 @@ class NeuronInteraction(nn.Module):
         """
         states, history = start.states, [start.pattern]
         if self.config.n_interaction_steps:
-            stimulus = self.stimulus(start)
-            for age, wiring in enumerate(pool.wiring(self.config.n_interaction_steps, start.pattern.idx.numel())):
-                states, pattern = self.step(states, history[-1], stimulus, wiring, age)
-                history.append(pattern)
+            stimulus, page, pattern = self.stimulus(start), start.page, start.pattern
+            if page is None:
+                wirings = pool.wiring(self.config.n_interaction_steps, pattern.idx.numel())
+            else:
+                wirings = [Wiring(page.signatures, page.strength, page.strength)] * self.config.n_interaction_steps
+                pattern = page.localise(pattern)
+            for age, wiring in enumerate(wirings):
+                states, pattern = self.step(states, pattern, stimulus, wiring, age)
+                history.append(pattern if page is None else page.globalise(pattern))
         return states, history
 
     def stimulus(self, start: Activation) -> Stimulus:

@@ -19,6 +19,7 @@ from .decoder import OutputDecoder
 from .distributed import Group, join_patterns, joint_group
 from .encoder import InputToActivation
 from .interaction import NeuronInteraction
+from .paging import GroupedScore
 from .pattern import ActivationPattern, gate_change, jaccard
 from .pool import GlobalNeuronPool
 from .pretrained import Pretrained
@@ -30,12 +31,13 @@ class Settled(NamedTuple):
 
     states: (B, K, D), of the active neurons.
     history: the n_interaction_steps + 1 patterns, the initial one first.
-    score: (B, N), how well the input matches each neuron.
+    score: (B, N), how well the input matches each neuron; of a pool with groups, which never looks at all of them, a
+        GroupedScore.
     """
 
     states: Tensor
     history: list[ActivationPattern]
-    score: Tensor
+    score: Tensor | GroupedScore
 
 
 class BrainLikeSprout(Pretrained, nn.Module):
@@ -78,7 +80,7 @@ class BrainLikeSprout(Pretrained, nn.Module):
         """
         start = self.encoder(tokens, self.pool, attention_mask, all_positions=all_positions)
         states, history = self.interaction(start, self.pool)
-        return Settled(states, history, start.score)
+        return Settled(states, history, start.score if start.page is None else start.page.scores)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
         """tokens (B, T) continued by max_new_tokens: (B, T + max_new_tokens); see ``sprout.sampling.generate``.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .model import BrainLikeSprout
+from .paging import GroupedScore, page_index
 from .pattern import ActivationPattern, gate_change
 
 
@@ -40,15 +41,25 @@ def next_token(model: BrainLikeSprout, tokens: Tensor, *, balance: float = 0.0, 
     return Objective(language + balance * even + settling * still, language, even, still, history)
 
 
-def balance_loss(score: Tensor, first: ActivationPattern) -> Tensor:
+def balance_loss(score: Tensor | GroupedScore, first: ActivationPattern) -> Tensor:
     """N * sum_n used_n share_n: 1 when the pool is used evenly, up to N / k when all samples wake the same k neurons.
 
     used_n = fraction of the initial pattern's places that neuron n takes over the batch (no gradient);
     share_n = mean over the batch of softmax(score)_n, whose gradient lowers the scores of busy neurons and so lifts the
-    silent ones. Args: score (B, N); first, the initial pattern. Gradients: score. Source: Fedus et al. 2021, eq. 4.
+    silent ones. In a pool with groups the softmax has two levels, as the choice has: over all groups, then over the
+    members of a group; only those of groups in use are looked at, all others have used_n = 0.
+    Args: score (B, N) or GroupedScore; first, the initial pattern. Gradients: score. Source: Fedus et al. 2021, eq. 4.
     """
-    used = score.new_zeros(first.n_neurons).index_add_(0, first.idx.flatten(), first.valid().to(score.dtype).flatten())
-    return first.n_neurons * (used / first.count.sum() * score.softmax(1).mean(0)).sum()
+    weight, count = first.valid(), first.count.sum()
+    if isinstance(score, Tensor):
+        used = score.new_zeros(first.n_neurons).index_add_(0, first.idx.flatten(), weight.to(score.dtype).flatten())
+        return first.n_neurons * (used / count * score.softmax(1).mean(0)).sum()
+    group, groups, member = score
+    place = page_index(first.idx, groups, first.n_neurons // group.shape[1])
+    used = member.new_zeros(member.shape[1]).index_add_(0, place.flatten(), weight.to(member.dtype).flatten())
+    within = member.unflatten(1, (len(groups), -1)).softmax(2)
+    share = (group.softmax(1)[:, groups, None] * within).mean(0).flatten()
+    return first.n_neurons * (used / count * share).sum()
 
 
 def settling_loss(history: list[ActivationPattern]) -> Tensor:

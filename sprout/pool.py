@@ -11,6 +11,9 @@ from bio_kernels import BlockSparse
 from torch import Tensor, nn
 
 from .config import SproutConfig
+from .paging import Page, page_in
+
+GROUP_SHARE = 0.7  # of the variance of a neuron's signature that its group has in common
 
 
 class Wiring(NamedTuple):
@@ -35,10 +38,14 @@ class GlobalNeuronPool(nn.Module):
         neuron of an initial pattern has a gate of about one half, far from saturation.
     connection_strength: (N, N) or BlockSparse, [pre, post]: a row holds the outgoing synapses of one neuron; zero at
         the start, so that an untrained connection neither helps nor hinders.
+    group_signatures (G, D), group_threshold (G,): with config.active_groups, what is added to signature and threshold
+        of each neuron of a group, G = N / block_size; signature and group's together are standard normal at the start.
+        Of the connections every group then has those within itself: its members often wake together.
     """
 
     def __init__(self, config: SproutConfig) -> None:
         super().__init__()
+        self.config = config
         n, d = config.n_neurons, config.d_state
         # Scores are standard normal at the start: the quantile is where the top initial_sparsity of N begin.
         share = min(config.initial_sparsity / n, 0.5)
@@ -50,13 +57,42 @@ class GlobalNeuronPool(nn.Module):
             self.connection_strength = bio_kernels.BlockSparse.random(
                 n, blocks_per_row=config.blocks_per_row, block_size=config.block_size, std=0.0
             )
+        if config.active_groups:
+            self._make_groups(n // config.block_size, d)
+
+    def _make_groups(self, groups: int, d: int) -> None:
+        self.group_signatures = nn.Parameter(torch.randn(groups, d) * GROUP_SHARE**0.5)
+        self.group_threshold = nn.Parameter(torch.zeros(groups))
+        strength = self.connection_strength
+        assert isinstance(strength, BlockSparse), "SproutConfig refuses groups without blocks"
+        with torch.no_grad():
+            self.neuron_signatures.mul_((1 - GROUP_SHARE) ** 0.5)
+            # each block row has one column in each of blocks_per_row ranges: that of the diagonal moves onto it
+            cols, own = strength.cols.view(groups, -1), torch.arange(groups)
+            edges = torch.arange(1, cols.shape[1]) * groups // cols.shape[1]
+            cols[own, torch.searchsorted(edges, own, right=True)] = own.to(cols.dtype)
 
     def score(self, z: Tensor) -> Tensor:
         """How well the input matches each neuron: z . signature_n / sqrt(D) + threshold_n.
 
-        Args: z (B, D), the dtype of the pool. Returns: (B, N). Gradients: z, neuron_signatures, threshold.
+        Args: z (B, D), the dtype of the pool. Returns: (B, N), in a pool with groups those of all of them, for which
+            a model never asks. Gradients: z, neuron_signatures, threshold, and those of the groups.
         """
-        return torch.addmm(self.threshold, z * z.shape[1] ** -0.5, self.neuron_signatures.t())
+        score = torch.addmm(self.threshold, z * z.shape[1] ** -0.5, self.neuron_signatures.t())
+        if not self.config.active_groups:
+            return score
+        return (score.unflatten(1, (-1, self.config.block_size)) + self.group_score(z)[..., None]).flatten(1)
+
+    def group_score(self, z: Tensor) -> Tensor:
+        """(B, G): z . group_signature / sqrt(D) + group_threshold; z (B, D). Gradients: all three."""
+        return torch.addmm(self.group_threshold, z * z.shape[1] ** -0.5, self.group_signatures.t())
+
+    def page(self, z: Tensor) -> Page:
+        """The groups that z (B, D) chooses, as a small pool; see ``paging.page_in``. Needs config.active_groups."""
+        tables = (self.neuron_signatures, self.threshold, self.group_signatures, self.group_threshold)
+        strength = self.connection_strength
+        assert isinstance(strength, BlockSparse), "SproutConfig refuses groups without blocks"
+        return page_in(z, self.group_score(z), tables, strength, self.config)
 
     @torch.no_grad()
     def waken(self, silent: Tensor, *, rate: float) -> None:
@@ -90,4 +126,5 @@ class GlobalNeuronPool(nn.Module):
 
     def extra_repr(self) -> str:
         n, d = self.neuron_signatures.shape
-        return f"n_neurons={n}, d_state={d}, connection={type(self.connection_strength).__name__}"
+        groups = f", active_groups={self.config.active_groups}" if self.config.active_groups else ""
+        return f"n_neurons={n}, d_state={d}, connection={type(self.connection_strength).__name__}{groups}"

@@ -77,6 +77,25 @@ class BlockSparse(nn.Module):
         self.register_buffer("cols", cols)
         self._search_steps = _search_steps(row_offsets)
 
+    @classmethod
+    def trusted(cls, blocks: Tensor, row_offsets: Tensor, cols: Tensor, search_steps: int) -> BlockSparse:
+        """A matrix whose layout is right by construction: nothing is checked, and no device is waited for.
+
+        For a part of a matrix that is cut out anew in every step, see ``sprout.paging``. search_steps: bits of the
+        number of blocks in the longest row; more cost a little and do no harm.
+        """
+        matrix = cls.__new__(cls)
+        nn.Module.__init__(matrix)
+        for name, tensor in (("blocks", blocks), ("row_offsets", row_offsets), ("cols", cols)):
+            matrix.register_buffer(name, tensor)
+        matrix._search_steps = search_steps
+        return matrix
+
+    @property
+    def search_steps(self) -> int:
+        """Halvings that find one block among those of the longest block row."""
+        return self._search_steps
+
     @property
     def block_size(self) -> int:
         """P, the edge of a block, in neurons."""
