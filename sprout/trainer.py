@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import hub
 from .config import SproutConfig
 from .pretrained import CONFIG, TOKENIZER, config_text, load_weights
 from .runs import Checkpoint, RunError, random_state, seed_everything, set_random_state
+from .sparse_gradients import clip_grad_norm_, sparse_tables
 from .text import Tokenizer
 from .train_config import TrainConfig
 from .train_metrics import Learner, all_windows, evaluate, per_text, random_windows
@@ -49,15 +50,18 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     """AdamW, or Muon for the hidden matrices and AdamW for the rest. Vectors and tables are not decayed.
 
     A hidden matrix maps states to states: no embedding, readout or head, none with a row for each neuron or one row.
+    Of a pool in groups SparseAdam takes the tables of the neurons: it moves only the rows that have a gradient.
     """
-    hidden, matrices, vectors = [], [], []
-    rows = {"embedding", "position", "neuron_signatures", "connection_strength", "readout", "head"}
+    hidden, matrices, vectors, sparse, tables = [], [], [], [], sparse_tables(model)
+    rows = {"embedding", "position", "neuron_signatures", "group_signatures", "connection_strength", "readout", "head"}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         table = bool(rows & set(name.split(".")))  # decay would pull down what a batch leaves alone
         wide = parameter.dim() == 2 and min(parameter.shape) > 1
-        if config.optimizer == "muon" and wide and not table:
+        if name in tables:
+            sparse.append(parameter)
+        elif config.optimizer == "muon" and wide and not table:
             hidden.append(parameter)
         else:
             (matrices if parameter.dim() >= 2 and not table else vectors).append(parameter)
@@ -67,6 +71,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     ]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=config.muon_lr, weight_decay=config.weight_decay))
+    if sparse:
+        optimizers.append(torch.optim.SparseAdam(sparse, lr=config.lr, betas=(0.9, config.beta2)))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["highest_lr"] = group["lr"]
     return optimizers
@@ -103,7 +109,7 @@ class Trainer:
                 self.accelerator.backward(result.loss)
                 if self.accelerator.sync_gradients:
                     limit = self.config.grad_clip or math.inf
-                    norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
+                    norm = self._clip_grad_norm(limit)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -116,6 +122,12 @@ class Trainer:
         self.loss_steps += 1
         self.step += 1
         return {"result": result, "grad_norm": norm, "lr": share * self.config.lr}
+
+    def _clip_grad_norm(self, limit: float) -> Any:
+        if not sparse_tables(self.model):
+            return self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(self.learner.parameters(), limit)
 
     def _batch(self) -> Tensor:
         """This process's windows; every process draws the same numbers and takes its share."""
@@ -141,17 +153,23 @@ class Trainer:
         return Checkpoint(self.step, self.model.state_dict(), self.state(), score, texts)
 
     def mean_loss(self) -> float:
-        """Mean training loss in nats per token since the last call, over all processes. Raises: RunError."""
-        self.check_finite()
+        """Mean training loss in nats per token since the last call, over all processes. Raises: RunError.
+
+        Tables with sparse gradients are not looked at here, which would cost what the pool does; ``checkpoint`` does.
+        """
+        self.check_finite(but=sparse_tables(self.model))
         mean = self.loss_sum / max(1, self.loss_steps)
         loss = float(self.accelerator.reduce(mean, "mean"))  # type: ignore[arg-type]
         self.loss_sum.zero_()
         self.loss_steps = 0
         return loss
 
-    def check_finite(self) -> None:
-        """Raises RunError if a loss or a weight is not a finite number: such a step is not worth saving."""
-        weights = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+    def check_finite(self, but: Set[str] = frozenset()) -> None:
+        """Raises RunError if a loss or a weight, but those of these names, is not a finite number.
+
+        Such a step is not worth saving.
+        """
+        weights = all(bool(p.isfinite().all()) for name, p in self.model.named_parameters() if name not in but)
         if not weights or not math.isfinite(float(self.loss_sum)):
             raise RunError(f"the loss or a weight is not finite at step {self.step}; lower --lr or set --grad_clip")
 

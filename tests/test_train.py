@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from sprout import hub, text
 from tests.training import final, metrics, start
 
+GROUPS = ["--connection", "block_sparse", "--block_size", "16", "--blocks_per_row", "2", "--active_groups", "2"]
+
 
 @pytest.mark.parametrize("model", ["sprout", "gpt", "encoder"])
 def test_a_run_learns_and_leaves_everything(tmp_path, start, model):
@@ -78,10 +80,13 @@ def test_metrics_hold_what_was_promised(tmp_path, start):
         ["--grad_accumulation", "2"],
         ["--n_interaction_steps", "0"],
         ["--connection", "block_sparse", "--block_size", "16", "--blocks_per_row", "2"],
+        [*GROUPS],
+        [*GROUPS, "--optimizer", "muon", "--grad_accumulation", "2", "--plasticity", "0.1"],
+        [*GROUPS, "--mixed_precision", "bf16", "--grad_clip", "0", "--freeze_strength"],
         ["--tokenizer", "chars"],
         ["--dropout", "0.1", "--grad_clip", "0", "--balance", "0", "--settling", "0"],
     ],
-    ids=lambda options: "".join(options[:2]),
+    ids=lambda options: "".join(options).replace("".join(GROUPS), "groups"),
 )
 def test_every_way_to_train(tmp_path, start, options):
     assert start("run", "--max_steps", "3", *options) == 0
