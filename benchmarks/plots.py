@@ -71,6 +71,25 @@ def _roofline(rows: list[Row], folder: Path) -> Path:
     return _save(figure, folder / "roofline.png")
 
 
+def draw_scaling(points: list[Row], folder: Path) -> list[Path]:
+    """Time and peak memory of a step of SPROUT against the neurons in its pool; the picture's path, if there is one."""
+    if not points:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    points = sorted(points, key=lambda point: point["n"])
+    figure = Figure(figsize=(8, 5))
+    plot = figure.subplots()
+    for key, label in (("step_s", "training step"), ("forward_s", "forward")):
+        plot.plot([p["n"] for p in points], [p[key] * 1e3 for p in points], "o-", label=label)
+    plot.set(xscale="log", xlabel=AXES["n"], ylabel="milliseconds", ylim=(0, None), title="SPROUT in groups")
+    memory = plot.twinx()
+    memory.plot([p["n"] for p in points], [p["peak_bytes"] / 2**30 for p in points], "x--k", label="peak memory")
+    memory.set(ylabel="peak memory, GiB", yscale="log")
+    plot.legend(fontsize=7, loc="upper left")
+    memory.legend(fontsize=7, loc="lower right")
+    return [_save(figure, folder / "sprout-scaling.png")]
+
+
 def _save(figure, path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -39,6 +39,11 @@ def targets_of(run: Run) -> list[table.Row]:
     return [entry for b in run["benchmarks"] for entry in b["extra_info"].get("targets", [])]
 
 
+def scaling_of(run: Run) -> list[table.Row]:
+    """What a step of SPROUT costs as its pool grows, one row for each number of neurons."""
+    return [point for b in run["benchmarks"] for point in b["extra_info"].get("scaling", [])]
+
+
 def where(run: Run) -> str:
     """The machine and the software, in one line."""
     machine, commit = run["machine_info"], run.get("commit_info") or {}
@@ -56,11 +61,14 @@ def where(run: Run) -> str:
 
 def markdown(run: Run) -> list[str]:
     """The machine, all rows, their summary and the targets, as Markdown."""
-    rows = rows_of(run)
+    rows, scaling = rows_of(run), scaling_of(run)
     lines = [f"Measured on {where(run)}.", ""]
-    if not rows:
+    if not rows and not scaling:
         return [*lines, "Nothing was compared in this run."]
-    lines += [*table.markdown(rows), "", *[f"- {line}" for line in table.summary_lines(rows)]]
+    if rows:
+        lines += [*table.markdown(rows), "", *[f"- {line}" for line in table.summary_lines(rows)]]
+    if scaling:
+        lines += ["", "SPROUT in groups, as the pool grows:", "", *table.scaling_markdown(scaling), ""]
     return lines + [f"- {table.target_line(entry)}" for entry in targets_of(run)]
 
 
@@ -92,7 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit('--plots needs matplotlib: pip install "bio-kernels[all]", or pip install matplotlib')
         from . import plots
 
-        for written in plots.draw([row for run in runs for row in rows_of(run)], options.plots):
+        pictures = plots.draw([row for run in runs for row in rows_of(run)], options.plots)
+        pictures += plots.draw_scaling([point for run in runs for point in scaling_of(run)], options.plots)
+        for written in pictures:
             print(written, file=sys.stderr)
 
 

@@ -92,6 +92,15 @@ def markdown(rows: list[Row]) -> list[str]:
     return lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]
 
 
+def scaling_markdown(points: list[Row]) -> list[str]:
+    """What a step costs as the pool grows: one line for each number of neurons."""
+    lines = ["| N | parameters | training step | tokens/s | forward | peak memory |", "|" + "---|" * 6]
+    for p in points:
+        cells = (f"{p['n']:,}", f"{p['parameters']:,}", duration(p["step_s"]), f"{p['tokens_per_s']:.0f}")
+        lines.append("| " + " | ".join((*cells, duration(p["forward_s"]), amount(p["peak_bytes"]))) + " |")
+    return lines
+
+
 def target_line(entry: Row) -> str:
     """What was to be reached, and whether it was."""
     sign, unit = (">=" if entry["at_least"] else "<="), entry["unit"]

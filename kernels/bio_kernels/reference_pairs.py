@@ -22,19 +22,50 @@ def _locate(storage: Storage, idx: Tensor) -> tuple[Tensor, Tensor | None]:
     idx = idx.long()
     if not storage.sparse:
         return idx[:, :, None] * storage.n + idx[:, None, :], None
-    p, tiles, (row_offsets, cols) = storage.block_size, storage.n // storage.block_size, storage.layout
-    keys = torch.repeat_interleave(torch.arange(tiles, device=idx.device), row_offsets.diff()) * tiles + cols
-    wanted = (idx // p)[:, :, None] * tiles + (idx // p)[:, None, :]
-    if tiles * tiles <= wanted.numel():  # a table of all blocks is made faster than as many searches
-        block = torch.full((tiles * tiles,), -1, device=idx.device)
-        block[keys] = torch.arange(keys.numel(), device=idx.device)
-        z = block[wanted]
-        present = z >= 0
-    else:
-        z = torch.searchsorted(keys, wanted)
-        present = (z < keys.numel()) & (keys[z.clamp(max=keys.numel() - 1)] == wanted if keys.numel() else False)
+    p, tiles = storage.block_size, storage.n // storage.block_size
+    group, pairs = idx // p, idx.numel() * idx.shape[1]
+    if tiles * tiles <= pairs:  # a table of all blocks is made faster than as many searches
+        z = _block_table(storage, None)[group[:, :, None] * tiles + group[:, None, :]]
+    else:  # of a large pool a table of the block rows that are active, whatever the others are
+        held, place = group.unique(return_inverse=True)
+        if len(held) ** 2 <= pairs:
+            z = _block_table(storage, held)[place[:, :, None] * len(held) + place[:, None, :]]
+        else:
+            z = _search_blocks(storage, group[:, :, None] * tiles + group[:, None, :])
+    present = z >= 0
     offset = z * p * p + (idx % p)[:, :, None] * p + (idx % p)[:, None, :]
     return torch.where(present, offset, 0), present
+
+
+def _block_table(storage: Storage, held: Tensor | None) -> Tensor:
+    """(U * U,): which block, or -1, is stored at row held[i], column held[j]; held (U,) ascending, None for all."""
+    row_offsets, cols = storage.layout
+    first, length = row_offsets[:-1], row_offsets.diff()
+    if held is not None:
+        first, length = first[held], length[held]
+    n = len(first)
+    row = torch.repeat_interleave(torch.arange(n, device=cols.device), length)
+    if held is None:
+        block, place = torch.arange(len(row), device=cols.device), cols.long()
+    else:
+        block = (first - length.cumsum(0) + length)[row] + torch.arange(len(row), device=cols.device)
+        place = torch.searchsorted(held, cols[block].long()).clamp(max=n - 1)
+        kept = held[place] == cols[block]
+        row, block, place = row[kept], block[kept], place[kept]
+    table = torch.full((n * n,), -1, device=cols.device)
+    table[row * n + place] = block
+    return table
+
+
+def _search_blocks(storage: Storage, wanted: Tensor) -> Tensor:
+    """Which block, or -1, is stored at row * N / P + column = wanted, of any shape."""
+    row_offsets, cols = storage.layout
+    tiles = len(row_offsets) - 1
+    keys = torch.repeat_interleave(torch.arange(tiles, device=cols.device), row_offsets.diff()) * tiles + cols
+    if not keys.numel():
+        return torch.full_like(wanted, -1)
+    z = torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)
+    return torch.where(keys[z] == wanted, z, -1)
 
 
 def _valid(idx: Tensor, count: Tensor | None) -> Tensor | None:
