@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sprout import SproutConfig, create_brain_like_sprout
+from sprout.analysis import selection_recall
 from sprout.objective import balance_loss, next_token
 from sprout.paging import GroupedScore, page_index, sparse_rows
 from sprout.sampling import generate
@@ -260,3 +261,19 @@ def test_parts_of_the_pool_have_the_variance_of_one():
     )
     signatures = model.pool.neuron_signatures.unflatten(0, (-1, 32)) + model.pool.group_signatures[:, None]
     assert signatures.var().item() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_recall_against_a_slow_count(prefix):
+    model, tokens = grouped(3), some_tokens(4)
+    z = model.encoder.read(tokens, all_positions=prefix).flatten(0, -2)
+    best, groups = model.pool.score(z).topk(12).indices, model.pool.group_score(z).topk(3).indices
+    expected = [
+        sum(int(n) // 16 in chosen.tolist() for n in top) / 12 for top, chosen in zip(best, groups, strict=True)
+    ]
+    recall = selection_recall(model, tokens, all_positions=prefix)
+    assert recall.tolist() == pytest.approx(expected)
+    assert recall.min() < recall.max()
+    assert (selection_recall(grouped(12), tokens) == 1).all()
+    with pytest.raises(ValueError, match="model must have active_groups > 0, got 0"):
+        selection_recall(small(), tokens)

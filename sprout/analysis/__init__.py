@@ -12,6 +12,7 @@ from .connections import Synapses, strongest_synapses
 from .labels import KINDS, Labels, character_of, label
 from .observation import Observation, observe, windows
 from .patterns import Evolution, evolution
+from .recall import selection_recall
 from .settling import Settling, measure
 from .specialisation import Specialisation, selectivity, tuning
 from .summary import ReportSettings
@@ -45,6 +46,7 @@ __all__ = [
     "label",
     "measure",
     "observe",
+    "selection_recall",
     "selectivity",
     "strongest_synapses",
     "tuning",
