@@ -98,10 +98,11 @@ def page_index(idx: Tensor, groups: Tensor, block_size: int) -> Tensor:
     return place * block_size + idx % block_size
 
 
-def choose_groups(group_score: Tensor, active_groups: int) -> Tensor:
+def choose_groups(group_score: Tensor, config: SproutConfig) -> Tensor:
     """(B, active_groups) int64 ascending: the groups of each sample with the highest score (B, G); no gradient."""
     score = group_score.detach()
-    return bio_kernels.topk_gather(score, score.new_empty(score.shape[1], 1), active_groups).idx
+    nothing = score.new_zeros(score.shape[1], 1)
+    return bio_kernels.topk_gather(score, nothing, config.active_groups, backend=config.backend).idx
 
 
 def page_in(
@@ -120,7 +121,7 @@ def page_in(
     """
     signatures, threshold, group_signatures, group_threshold = tables
     p = strength.block_size
-    own = choose_groups(group_score, config.active_groups)
+    own = choose_groups(group_score, config)
     groups, block, row_offsets, cols = _layout(own, strength)
     place = torch.searchsorted(groups, own)
     neuron = (groups[:, None] * p + torch.arange(p, device=z.device)).flatten()

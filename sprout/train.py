@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(plan.config.threads)
     try:
         return fit(plan, request, out, resume=bool(arguments.resume), force=arguments.force)
-    except LockError as error:
+    except (LockError, NotImplementedError) as error:
         return _fail(error, 2)
     except (RunError, CheckpointError, DiskError) as error:
         return _fail(error, 1)

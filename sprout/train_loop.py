@@ -58,6 +58,10 @@ def fit(plan: Plan, request: dict[str, Any], out: Path, *, resume: bool, force: 
     Raises: RunError, LockError, CheckpointError, DiskError.
     """
     accelerator = make_accelerator(plan)
+    if plan.config.model == "sprout" and plan.sizes.active_groups and accelerator.num_processes > 1:
+        raise NotImplementedError(
+            "--active_groups with more than one process is not supported: its gradients are sparse; use one process"
+        )
     with Interrupt() as stop, ExitStack() as stack:
         stack.callback(accelerator.end_training)  # ends the group of processes, where there is one
         folder = None

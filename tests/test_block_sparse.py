@@ -293,7 +293,7 @@ def test_conversions_that_are_refused() -> None:
 
 @pytest.mark.parametrize(("n", "stride", "rows"), [(32, 1, 2), (2048, 4, 8), (2048, 64, 16)])
 def test_blocks_are_found_in_whichever_way_is_cheapest(n: int, stride: int, rows: int) -> None:
-    """2 * 8 * 8 pairs: against a table of all 2 ** 2 block pairs, of the 8 ** 2 active ones of 128 ** 2, or by search."""
+    """128 pairs are looked up in a table of all 2 ** 2 pairs of blocks, of the 8 ** 2 active ones, or searched for."""
     generator, tiles = torch.Generator().manual_seed(0), torch.arange(n // 16)
     cols = torch.stack([tiles, (tiles + 1) % len(tiles)], 1).sort(1).values.flatten()
     blocks = nn.Parameter(torch.randn(len(cols), 16, 16, generator=generator))
