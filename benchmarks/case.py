@@ -63,6 +63,8 @@ class Case:
     bytes_moved: int
     flops: int
     canonical: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda out: out  # brings peers into one order
+    gradients: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda grads: grads  # brings them into truth's form
+    graphs: bool = True  # on a GPU also as CUDA graphs, each of which keeps the memory of a call
     not_run: dict[str, str] = field(default_factory=dict)  # peer -> why it takes no part
     fixed: dict[str, float] = field(default_factory=dict)  # peer -> seconds that were measured apart, and scaled
     notes: list[str] = field(default_factory=list)

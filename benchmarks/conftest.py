@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from . import roofline, table
 from .case import Case
 from .measure import WrongResult, measure
 from .peers import CompileBudget
+from .session import Session
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -25,25 +25,6 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption("--strict-targets", action="store_true", help="a missed target fails, instead of being reported")
     group.addoption("--threads", type=int, default=1, help="CPU threads (1: on shared cores more of them contend)")
     group.addoption("--compile-budget", type=float, default=60.0, help="seconds for torch.compile, all together")
-
-
-@dataclass
-class Session:
-    """What the options and the machine decide, and what has been measured so far."""
-
-    full: bool
-    short: bool
-    strict: bool
-    threads: int
-    device: str
-    compiler: CompileBudget
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    targets: list[dict[str, Any]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    @property
-    def cuda(self) -> bool:
-        return self.device == "cuda"
 
 
 _SESSION = pytest.StashKey[Session]()

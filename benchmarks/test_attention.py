@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from . import inputs, measure, peers
 from .case import Case, Contestant, Inputs, Spec, in_double, leaves
+from .session import Session
 
 LEAVES = ("q", "k", "v", "strength", "gate")
 PEER_LEAVES = ("q", "k", "v", "matrix", "gate")
@@ -122,7 +123,7 @@ def dense_seconds(spec: Spec, device: str) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def contestants(spec: Spec, session, case: Case) -> list[Contestant]:
+def contestants(spec: Spec, session: Session, case: Case) -> list[Contestant]:
     """The peers; ``case`` takes what is measured apart and what cannot run."""
     if spec.n > inputs.LARGEST_DENSE:
         case.not_run["every peer"] = "an N x N matrix does not fit; torch gathers no pairs from a block-sparse one"
@@ -145,10 +146,11 @@ def contestants(spec: Spec, session, case: Case) -> list[Contestant]:
     if why is not None:
         case.not_run |= {"torch.compile": why, "FlexAttention": why}
         return found
-    return [*found, session.compiler.compile("torch.compile", naive, PEER_LEAVES), _flex(session)]
+    return [*found, session.compiler.compile("torch.compile", naive, PEER_LEAVES), flex(session)]
 
 
-def _flex(session) -> Contestant:
+def flex(session: Session) -> Contestant:
+    """FlexAttention, compiled."""
     compiled = torch.compile(flex_attention, dynamic=False)
     directions = DIRECTIONS if session.cuda else ("forward",)  # on a CPU torch refuses its backward
 
@@ -160,7 +162,8 @@ def _flex(session) -> Contestant:
     return session.compiler.timed("FlexAttention", run, PEER_LEAVES, directions=directions)
 
 
-def test_sparse_attention(spec: Spec, session, run) -> None:
+def case(spec: Spec, session: Session) -> Case:
+    """Everything about one row."""
     shared = sets(spec.inputs, session.device)
     case = Case(
         "sparse_attention",
@@ -172,4 +175,8 @@ def test_sparse_attention(spec: Spec, session, run) -> None:
         *cost(spec),
     )
     case.peers = contestants(spec, session, case)
-    run(case)
+    return case
+
+
+def test_sparse_attention(spec: Spec, session: Session, run) -> None:
+    run(case(spec, session))

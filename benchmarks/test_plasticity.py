@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import inputs, peers
 from .case import Case, Contestant, Inputs, Spec, in_double
+from .session import Session
 
 # All values lie within the bound before: see peers.rank_b_update.
 RULE: dict[str, Any] = {"eta": 1e-2, "decay": 1.0, "bound": 2.0}
@@ -83,7 +84,7 @@ def cost(spec: Spec, idx: Tensor) -> tuple[int, int]:
     return 2 * s * pairs + (8 + 2 * s) * idx.numel(), 6 * spec.batch * spec.k**2
 
 
-def contestants(spec: Spec, session, not_run: dict[str, str]) -> list[Contestant]:
+def contestants(spec: Spec, session: Session, not_run: dict[str, str]) -> list[Contestant]:
     if spec.n > inputs.LARGEST_DENSE:
         not_run["every peer"] = "an N x N matrix does not fit, nor an index for every stored value"
         return []
@@ -100,7 +101,8 @@ def contestants(spec: Spec, session, not_run: dict[str, str]) -> list[Contestant
     return found
 
 
-def test_update_strength(spec: Spec, session, run) -> None:
+def case(spec: Spec, session: Session) -> Case:
+    """Everything about one row."""
     shared = sets(spec.inputs, session.device)
     not_run: dict[str, str] = {}
 
@@ -110,16 +112,18 @@ def test_update_strength(spec: Spec, session, run) -> None:
             return (inputs.stored_blocks(shared[0]["pattern"], out[0].to_dense()),)
         return out
 
-    run(
-        Case(
-            "update_strength_",
-            spec,
-            shared,
-            Contestant("ours", ours, deterministic=True),
-            contestants(spec, session, not_run),
-            lambda: truth(spec.inputs, session.device),
-            *cost(spec, shared[0]["idx"]),
-            canonical=canonical,
-            not_run=not_run,
-        )
+    return Case(
+        "update_strength_",
+        spec,
+        shared,
+        Contestant("ours", ours, deterministic=True),
+        contestants(spec, session, not_run),
+        lambda: truth(spec.inputs, session.device),
+        *cost(spec, shared[0]["idx"]),
+        canonical=canonical,
+        not_run=not_run,
     )
+
+
+def test_update_strength(spec: Spec, session: Session, run) -> None:
+    run(case(spec, session))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import inputs, peers
 from .case import Case, Contestant, Inputs, Spec, in_double
+from .session import Session
 
 LEAVES = ("score", "table")
 DIRECTIONS = ("forward", "backward", "both")
@@ -69,7 +70,7 @@ def cost(spec: Spec) -> tuple[int, int]:
     return total, b * n + (0 if spec.direction == "forward" else b * k * d)
 
 
-def contestants(spec: Spec, session, not_run: dict[str, str]) -> list[Contestant]:
+def contestants(spec: Spec, session: Session, not_run: dict[str, str]) -> list[Contestant]:
     def dense(x: Inputs) -> tuple[Tensor, ...]:
         return tuple(bio_kernels.topk_gather(x["score"], x["table"], x["k"], backend="dense"))
 
@@ -103,24 +104,27 @@ def contestants(spec: Spec, session, not_run: dict[str, str]) -> list[Contestant
     return found
 
 
-def test_topk_gather(spec: Spec, session, run) -> None:
+def ours(x: Inputs) -> tuple[Tensor, ...]:
+    return tuple(bio_kernels.topk_gather(x["score"], x["table"], x["k"]))
+
+
+def case(spec: Spec, session: Session) -> Case:
+    """Everything about one row."""
     shared = sets(spec.inputs, session.device)
     not_run: dict[str, str] = {}
-
-    def ours(x: Inputs) -> tuple[Tensor, ...]:
-        return tuple(bio_kernels.topk_gather(x["score"], x["table"], x["k"]))
-
-    run(
-        Case(
-            "topk_gather",
-            spec,
-            shared,
-            Contestant("ours", ours, LEAVES, deterministic=True),
-            contestants(spec, session, not_run),
-            lambda: truth(spec.inputs, session.device),
-            *cost(spec),
-            canonical=canonical,
-            not_run=not_run,
-            notes=[peers.cutedsl_note(session.cuda)],
-        )
+    return Case(
+        "topk_gather",
+        spec,
+        shared,
+        Contestant("ours", ours, LEAVES, deterministic=True),
+        contestants(spec, session, not_run),
+        lambda: truth(spec.inputs, session.device),
+        *cost(spec),
+        canonical=canonical,
+        not_run=not_run,
+        notes=[peers.cutedsl_note(session.cuda)],
     )
+
+
+def test_topk_gather(spec: Spec, session: Session, run) -> None:
+    run(case(spec, session))

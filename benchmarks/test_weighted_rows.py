@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import inputs, peers
 from .case import Case, Contestant, Inputs, Spec, in_double, leaves
+from .session import Session
 
 LEAVES, PEER_LEAVES = ("table", "weight"), ("matrix", "weight")
 DIRECTIONS = ("forward", "backward", "both")
@@ -75,7 +76,7 @@ def cost(spec: Spec, idx: Tensor) -> tuple[int, int]:
     return moved, {"forward": 2, "backward": 4, "both": 6}[spec.direction] * entries * columns
 
 
-def contestants(spec: Spec, session, case: Case) -> list[Contestant]:
+def contestants(spec: Spec, session: Session, case: Case) -> list[Contestant]:
     if spec.n > inputs.LARGEST_DENSE:
         case.not_run["every peer"] = "an N x N matrix does not fit, and torch has no dense @ block-sparse"
         return []
@@ -99,7 +100,8 @@ def contestants(spec: Spec, session, case: Case) -> list[Contestant]:
     return found
 
 
-def test_weighted_rows(spec: Spec, session, run, check_target) -> None:
+def case(spec: Spec, session: Session) -> Case:
+    """Everything about one row."""
     shared = sets(spec.inputs, session.device)
     case = Case(
         "weighted_rows",
@@ -111,7 +113,11 @@ def test_weighted_rows(spec: Spec, session, run, check_target) -> None:
         *cost(spec, shared[0]["idx"]),
     )
     case.peers = contestants(spec, session, case)
-    row = run(case)
+    return case
+
+
+def test_weighted_rows(spec: Spec, session: Session, run, check_target) -> None:
+    row = run(case(spec, session))
     if not session.cuda and replace(spec, direction="both", compiled=False) == Spec(32, width=N):
         check_p3(row, check_target)
 
