@@ -29,17 +29,17 @@ def _radix_kernel(score_ptr, gate_ptr, idx_ptr, n, k, BITS: tl.constexpr, BLOCK_
     threshold = tl.full((), 0, tl.uint32)  # the digits of the k-th key, from the highest on
     need = k  # how many keys that begin with those digits are selected
     for place in tl.static_range(BITS // 8):
-        SHIFT: tl.constexpr = BITS - 8 * (place + 1)
+        shift = BITS - 8 * (place + 1)
         if place == 0:
             alike = mask_n
         else:
-            alike = mask_n & ((key >> (SHIFT + 8)) == (threshold >> (SHIFT + 8)))
-        digit = ((key >> SHIFT) & 255).to(tl.int32)
+            alike = mask_n & ((key >> (shift + 8)) == (threshold >> (shift + 8)))
+        digit = ((key >> shift) & 255).to(tl.int32)
         count = tl.histogram(digit, 256, mask=alike)
         upto = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys with this digit or a higher one
         chosen = tl.sum((upto >= need).to(tl.int32), 0) - 1
         need -= tl.sum(tl.where(offs_d > chosen, count, 0), 0)
-        threshold |= chosen.to(tl.uint32) << SHIFT
+        threshold |= chosen.to(tl.uint32) << shift
     equal = mask_n & (key == threshold)
     equal_upto = tl.cumsum(equal.to(tl.int32), 0)
     selected = (key > threshold) | (equal & (equal_upto <= need))

@@ -128,9 +128,9 @@ def _short(error: BaseException) -> str:
 
 def free() -> None:
     """Gives back the GPU's memory. Raises: DeviceLost if the GPU does not answer any more."""
-    gc.collect()
     if not torch.cuda.is_available():
         return
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

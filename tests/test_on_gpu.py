@@ -1,0 +1,263 @@
+"""The script of a GPU session, rehearsed without one: what it records, how it goes on after a cut, when it says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import bio_kernels as bk
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from benchmarks import on_gpu
+from benchmarks.gpu import closing, journal, parity
+from benchmarks.gpu.journal import DeviceLost, Journal, LeftOut
+from benchmarks.gpu.setting import Setting
+
+pytestmark = [
+    pytest.mark.default_memory,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU"),
+]
+Jobs = dict[str, Callable[[], dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True)
+def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rehearsal sets is taken back; of each list of shapes it takes the first alone."""
+    for name, value in (("TRITON_INTERPRET", "1"), ("BIO_KERNELS_BACKEND", "triton"), (on_gpu.RESTARTS, "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Setting, "few", lambda self, items, number=1: list(items)[:1])
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a step named "made_up" with these jobs beside the others."""
+
+    def make(jobs: Jobs, checks: bool = False) -> None:
+        module = ModuleType("benchmarks.gpu.made_up")
+
+        def rows(setting: Setting) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+            yield from jobs.items()
+
+        module.rows = rows  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(on_gpu.NAMED, "made_up", on_gpu.Step("made_up", 1, "made_up", "rows", checks, "made up"))
+
+    return make
+
+
+def rehearse(out: Path, *steps: str) -> int:
+    return on_gpu.main([*steps, "--out", str(out), "--rehearse"])
+
+
+def held(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def statuses(out: Path, name: str = "made_up") -> dict[str, str]:
+    return {key: row["status"] for key, row in held(out, name)["rows"].items()}
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_list_names_every_step(capsys: pytest.CaptureFixture) -> None:
+    assert on_gpu.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{step.name} " in printed and step.what in printed for step in on_gpu.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["parity", "tuning_x", "--out", "d"], "unknown step tuning_x; there are: environment, parity"),
+        (["parity"], "--out DIR is needed"),
+        ([], "name a step, all, or collect"),
+    ],
+)
+def test_wrong_commands(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        on_gpu.main(arguments)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no GPU here; --rehearse"):
+        on_gpu.main(["parity", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- rehearsals
+
+
+@pytest.mark.parametrize("name", ["environment", "parity", "addressing", "tuning_select"])
+def test_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert rehearse(tmp_path, name) == 0
+    found = held(tmp_path, name)
+    assert found["complete"]
+    assert found["rehearsal"]
+    assert len(found["rows"]) >= 2
+    assert all(row["status"] == "ok" for row in found["rows"].values()), found["rows"]
+    assert all(row["rehearsal"] == "no figure here is a result" for row in found["rows"].values())
+    assert "a rehearsal without a GPU: nothing was measured" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [s.name for s in on_gpu.STEPS if s.name != "tests"])
+def test_rehearsal_of_every_step(name: str, tmp_path: Path) -> None:
+    assert rehearse(tmp_path, name) == 0
+    assert set(statuses(tmp_path, name).values()) <= {"ok", "left out"}
+    assert held(tmp_path, name)["complete"]
+
+
+def test_a_wrong_kernel_is_recorded_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    right = bk.weighted_rows
+
+    def wrong(table: Any, idx: Tensor, weight: Tensor, *, backend: str, **how: Any) -> Tensor:
+        out = right(table, idx, weight, backend=backend, **how)
+        return out * 1.001 if backend == "triton" else out
+
+    monkeypatch.setattr(bk, "weighted_rows", wrong)
+    for other in ("TOPK", "ATTENTION", "UPDATE"):
+        monkeypatch.setattr(parity, other, [])
+    assert rehearse(tmp_path, "parity") == 1
+    failed = {key: row for key, row in held(tmp_path, "parity")["rows"].items() if row["status"] == "failed"}
+    assert failed
+    assert all(key.startswith("weighted") for key in failed)
+    assert all("output 0: error 0.001" in row["message"] for row in failed.values())
+    assert "FAILED  parity: weighted" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- the journal
+
+
+def test_a_cut_run_goes_on(tmp_path: Path, step: Callable[..., None]) -> None:
+    ran: list[str] = []
+    patience = [KeyboardInterrupt()]
+
+    def second() -> dict[str, Any]:
+        ran.append("second")
+        if patience:
+            raise patience.pop()
+        return {}
+
+    def job(name: str) -> dict[str, Any]:
+        ran.append(name)
+        return {"name": name}
+
+    step({"first": lambda: job("first"), "second": second, "third": lambda: job("third")})
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(tmp_path, "made_up")
+    assert statuses(tmp_path) == {"first": "ok", "second": "running"}
+    assert not held(tmp_path, "made_up")["complete"]
+    assert rehearse(tmp_path, "made_up") == 0
+    assert ran == ["first", "second", "second", "third"]
+    assert statuses(tmp_path) == {"first": "ok", "second": "ok", "third": "ok"}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_cut_every_time_is_left_behind(tmp_path: Path, step: Callable[..., None]) -> None:
+    def hang() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    step({"hangs": hang, "next": dict})
+    for _ in range(journal.ATTEMPTS):
+        with pytest.raises(KeyboardInterrupt):
+            rehearse(tmp_path, "made_up")
+    assert rehearse(tmp_path, "made_up") == 0
+    assert statuses(tmp_path) == {"hangs": "cut", "next": "ok"}
+
+
+def test_no_row_is_begun_when_time_is_out(tmp_path: Path, step: Callable[..., None], capsys) -> None:
+    step({"first": dict})
+    assert on_gpu.main(["made_up", "--out", str(tmp_path), "--rehearse", "--minutes", "-1"]) == 0
+    assert statuses(tmp_path) == {}
+    assert "made_up: NOT COMPLETE, nothing done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_errors_end_no_step(tmp_path: Path, step: Callable[..., None], checks: bool) -> None:
+    """Only of a step that checks results is an error a wrong result."""
+
+    def breaks(error: Exception) -> Callable[[], dict[str, Any]]:
+        def job() -> dict[str, Any]:
+            raise error
+
+        return job
+
+    full = torch.OutOfMemoryError("tried to allocate 2 TiB")
+    step({"full": breaks(full), "absent": breaks(LeftOut("not here")), "fine": dict}, checks)
+    assert rehearse(tmp_path, "made_up") == int(checks)
+    assert statuses(tmp_path) == {"full": "error", "absent": "left out", "fine": "ok"}
+    assert held(tmp_path, "made_up")["rows"]["full"]["message"] == "OutOfMemoryError: tried to allocate 2 TiB"
+
+
+def test_again_repeats_what_was_not_ok(tmp_path: Path, step: Callable[..., None]) -> None:
+    ran: list[str] = []
+    verdicts = iter([AssertionError("wrong"), None])
+
+    def doubtful() -> dict[str, Any]:
+        ran.append("doubtful")
+        verdict = next(verdicts)
+        if verdict is not None:
+            raise verdict
+        return {}
+
+    step({"fine": lambda: ran.append("fine") or {}, "doubtful": doubtful})
+    assert rehearse(tmp_path, "made_up") == 1
+    assert rehearse(tmp_path, "made_up") == 1  # what is known is told again
+    assert on_gpu.main(["made_up", "--out", str(tmp_path), "--rehearse", "--again"]) == 0
+    assert ran == ["fine", "doubtful", "doubtful"]
+
+
+def test_a_lost_gpu_begins_a_new_process(
+    tmp_path: Path, step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access nothing works in a process; the row that did it keeps its message."""
+    started: list[list[str]] = []
+
+    class Replaced(Exception):
+        pass
+
+    def execv(program: str, command: list[str]) -> None:
+        started.append(command)
+        raise Replaced
+
+    def lost() -> None:
+        raise DeviceLost("illegal memory access")
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(journal, "free", lost)
+    step({"first": dict, "second": dict})
+    with pytest.raises(Replaced):
+        rehearse(tmp_path, "made_up")
+    assert statuses(tmp_path) == {"first": "ok"}
+    assert started[0][1:4] == ["-m", "benchmarks.on_gpu", "made_up"]
+    assert os.environ[on_gpu.RESTARTS] == "1"
+
+
+def test_a_rehearsal_and_results_do_not_mix(tmp_path: Path) -> None:
+    Journal(tmp_path, "parity", rehearsal=True).write()
+    with pytest.raises(SystemExit, match="holds a rehearsal: take another --out"):
+        Journal(tmp_path, "parity", rehearsal=False)
+
+
+def test_the_end_is_short(tmp_path: Path) -> None:
+    """Failures come before everything that rows have to tell."""
+    full = Journal(tmp_path, "targets", rehearsal=False)
+    full.rows = {str(i): {"status": "ok", "line": "x" * 500} for i in range(200)}
+    full.rows["bad"] = {"status": "failed", "message": "output 0: error 1"}
+    lines = closing.lines([full])
+    assert len(lines) == closing.LINES
+    assert lines[1] == "FAILED  targets: bad: output 0: error 1"
+    assert max(map(len, lines)) <= closing.WIDTH
