@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from bio_kernels.testing import Inputs, make_inputs
 
+from ..case import clone_inputs
 from . import parity
 from .journal import Row
 from .setting import Rows, Setting, same_bits, short
@@ -38,11 +39,10 @@ def arguments(x: Inputs, operation: str, setting: Setting, dtype: torch.dtype) -
 
 def repeat(setting: Setting, operation: str, storage: str, dtype: torch.dtype, runs: int) -> Row:
     run, _, leaves = OPERATIONS[operation]
-    x = inputs_for(setting, storage)
-    own = arguments(x, operation, setting, dtype)
+    own = arguments(inputs_for(setting, storage), operation, setting, dtype)
 
     def once() -> parity.Results:
-        fresh = arguments(x, operation, setting, dtype) if operation == "update_strength_" else own
+        fresh = clone_inputs(own) if operation == "update_strength_" else own
         return parity.outputs_and_gradients(lambda a: run(a, "triton"), fresh, leaves)
 
     first = once()

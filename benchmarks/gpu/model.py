@@ -87,15 +87,24 @@ def one_way(
         assert math.isfinite(first), f"the result is {first}"
         row: Row = {"result": first, "eager_s": eager_seconds(job, setting.cuda)}
         row["memory_bytes"] = memory.peak_bytes(job, True) if setting.cuda else 0
-        if setting.cuda and mode in ("eager", "default"):
-            graph, _ = captured(job)
-            row["graph_s"] = eager_seconds(graph.replay, True)
+        if setting.cuda:
+            row |= replayed(job)
     model.load_state_dict(start)
     return row | {"line": _line(row)}
 
 
+def replayed(job: Step) -> Row:
+    """Seconds of a replay, or why the call cannot be captured."""
+    try:
+        graph, _ = captured(job)
+        return {"graph_s": eager_seconds(graph.replay, True)}
+    except Exception as error:  # a peer that waits for the device; the eager time stays
+        return {"not_captured": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
 def _line(row: Row) -> str:
     graph = f", graph {duration(row['graph_s'])}" if "graph_s" in row else ""
+    graph += ", not captured" if "not_captured" in row else ""
     return f"eager {duration(row['eager_s'])}{graph}, peak {amount(row['memory_bytes'])}"
 
 

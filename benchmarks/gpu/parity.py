@@ -6,6 +6,7 @@ Memory from torch.empty is poisoned with NaN. Sizes are those of the tests and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import bio_kernels as bk
@@ -43,11 +44,15 @@ def outputs_and_gradients(run: Callable[[Named], Any], x: Named, leaves: tuple[s
     found = [y for y in named.values() if y.requires_grad]
     if not (found and leaves):
         return {name: y.detach().clone() for name, y in named.items()}
-    g = generator(7)
-    grads = [torch.randn(y.shape, generator=g).bfloat16().to(y.device, y.dtype) for y in found]
+    grads = [_random_gradient(i, tuple(y.shape), y.dtype, str(y.device)) for i, y in enumerate(found)]
     of_leaves = torch.autograd.grad(found, [leaf(x[name]) for name in leaves], grads)
     gradients = {f"gradient of {name}": grad for name, grad in zip(leaves, of_leaves, strict=True)}
     return {**{name: y.detach() for name, y in named.items()}, **gradients}
+
+
+@lru_cache(maxsize=4)  # also so that a CUDA graph, which cannot copy from the host, finds it there
+def _random_gradient(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, generator=generator(seed)).bfloat16().to(device, dtype)
 
 
 def topk_gather(x: Named, backend: str) -> Any:
