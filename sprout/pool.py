@@ -99,7 +99,8 @@ class GlobalNeuronPool(nn.Module):
         """Makes silent neurons more excitable, in place: threshold += rate. Call it after the optimizer's step.
 
         Homeostasis: a neuron that stays silent responds ever more easily, until it does. One that was just grown sleeps
-        about twice the norm of a signature below the others, and takes that over rate calls.
+        about twice the norm of a signature below the others, and takes that over rate calls. In a pool with groups one
+        that is silent as a whole becomes easier to choose; in the others it is their silent neurons.
         Args: silent (N,) bool, as ``silent_neurons`` gives it; rate > 0 and finite, the unit of a score per call.
         Raises: ValueError. Gradients: none. Determinism: exact. Source: Turrigiano 2008.
         """
@@ -108,6 +109,10 @@ class GlobalNeuronPool(nn.Module):
             raise ValueError(f"silent must be (N,) = ({n},) bool, got {silent.dtype} of shape {tuple(silent.shape)}")
         if not 0 < rate < float("inf"):
             raise ValueError(f"rate must be > 0 and finite, got {rate}")
+        if self.config.active_groups:
+            asleep = silent.view(-1, self.config.block_size).all(1, keepdim=True)
+            self.group_threshold.add_(asleep.squeeze(1).to(self.group_threshold), alpha=rate)
+            silent = (silent.view(len(asleep), -1) & ~asleep).flatten()
         self.threshold.add_(silent.to(self.threshold), alpha=rate)
 
     def wiring(self, n_steps: int, n_slots: int) -> list[Wiring]:

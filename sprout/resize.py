@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import SproutConfig
+from .pool import GROUP_SHARE
 
 if TYPE_CHECKING:
     from .model import BrainLikeSprout
@@ -37,6 +38,11 @@ TABLES = (
     Table("pool", "threshold"),
     Table("decoder", "readout"),
 )
+GROUP_TABLES = (Table("pool", "group_signatures", per_group=True), Table("pool", "group_threshold", per_group=True))
+
+
+def _tables(config: SproutConfig) -> tuple[Table, ...]:
+    return (*TABLES, *GROUP_TABLES) if config.active_groups else TABLES
 
 
 class _Change(NamedTuple):
@@ -60,7 +66,8 @@ def grow(
 
     A new neuron has a random signature, standard normal as at the start, a readout row of zeros, no synapse (of a
     block-sparse matrix: config.blocks_per_row zero blocks for each new block row, at random columns), and a threshold
-    from which no input can wake it, see ``sleeping_threshold``.
+    from which no input can wake it, see ``sleeping_threshold``. In a pool with groups it is the new groups that sleep:
+    no input can choose them, see ``sleeping_group_threshold``; their neurons have the mean threshold of the others.
 
     Args:
         model: its config is replaced by one with the new n_neurons.
@@ -81,15 +88,21 @@ def grow(
     old = model.pool.neuron_signatures
     device = "cpu" if generator is None else generator.device
     signatures = torch.randn(n, old.shape[1], generator=generator, device=device).to(old)
-    fresh = {"neuron_signatures": signatures, "threshold": sleeping_threshold(model, signatures)}
+    if config.active_groups:
+        groups = torch.randn(n // step, old.shape[1], generator=generator, device=device).to(old) * GROUP_SHARE**0.5
+        fresh = {"neuron_signatures": signatures * (1 - GROUP_SHARE) ** 0.5, "threshold": model.pool.threshold.mean()}
+        fresh |= {"group_signatures": groups, "group_threshold": sleeping_group_threshold(model, groups)}
+    else:
+        fresh = {"neuron_signatures": signatures, "threshold": sleeping_threshold(model, signatures)}
 
     changes = []
-    for table in TABLES:
+    for table in _tables(config):
         owner = model.get_submodule(table.owner)
-        resized = _more_rows(n // config.block_size if table.per_group else n)
+        more = n // config.block_size if table.per_group else n
+        resized = _more_rows(more)
         new = resized(getattr(owner, table.name))
         if table.name in fresh:
-            new[-n:] = fresh[table.name]
+            new[-more:] = fresh[table.name]
         changes.append(_Change(owner, table.name, new, resized))
     if isinstance(strength, BlockSparse):
         matrix = strength.grown(n, blocks_per_row=config.blocks_per_row, generator=generator)
@@ -113,19 +126,34 @@ def sleeping_threshold(model: BrainLikeSprout, signatures: Tensor) -> Tensor:
     candidates. So threshold = min(lowest, logit) - reach(s), less 1 and 2 % for rounding, enough for bfloat16.
     With recruit_threshold 0 the limit is not the logit but where sigmoid is 0 in the pool's dtype.
     """
-    pool, norm, config = model.pool, model.encoder.norm, model.config
-    wide = torch.promote_types(signatures.dtype, torch.float32)
-
-    def reach(s: Tensor) -> Tensor:
-        s = s.to(wide)
-        return (s * norm.weight).norm(dim=1) + (s @ norm.bias.to(wide)).abs() * s.shape[1] ** -0.5
-
-    lowest = (pool.threshold - reach(pool.neuron_signatures)).topk(config.initial_sparsity).values[-1]
+    pool, config = model.pool, model.config
+    lowest = (pool.threshold - _reach(model, pool.neuron_signatures)).topk(config.initial_sparsity).values[-1]
     numbers, share = torch.finfo(signatures.dtype), config.recruit_threshold
     limit = log(numbers.tiny * numbers.eps) - 1  # below half of the smallest number above 0
     limit = lowest.clamp(max=max(limit, log(share / (1 - share))) if share else limit)
-    far = reach(signatures)
-    return (limit - far - 1 - 0.02 * (limit.abs() + far)).to(signatures.dtype)
+    return _below(limit, _reach(model, signatures)).to(signatures.dtype)
+
+
+@torch.no_grad()
+def sleeping_group_threshold(model: BrainLikeSprout, signatures: Tensor) -> Tensor:
+    """Thresholds (g,) that keep groups with these signatures (g, D) from being chosen by any input.
+
+    As ``sleeping_threshold``: at least active_groups of the old groups have a score >= the active_groups-th greatest of
+    threshold - reach.
+    """
+    pool = model.pool
+    lowest = (pool.group_threshold - _reach(model, pool.group_signatures)).topk(model.config.active_groups).values[-1]
+    return _below(lowest, _reach(model, signatures)).to(signatures.dtype)
+
+
+def _reach(model: BrainLikeSprout, signatures: Tensor) -> Tensor:
+    """(n,): the most that |z . signature| / sqrt(D) can be, see ``sleeping_threshold``."""
+    norm, s = model.encoder.norm, signatures.to(torch.promote_types(signatures.dtype, torch.float32))
+    return (s * norm.weight).norm(dim=1) + (s @ norm.bias.to(s)).abs() * s.shape[1] ** -0.5
+
+
+def _below(limit: Tensor, reach: Tensor) -> Tensor:
+    return limit - reach - 1 - 0.02 * (limit.abs() + reach)
 
 
 @torch.no_grad()
@@ -134,6 +162,8 @@ def prune(model: BrainLikeSprout, neurons: Tensor, *, optimizers: Sequence[Optim
 
     Without neurons that are active in no pattern of some inputs (``silent_neurons``), the outputs on these inputs stay
     the same to rounding. Stored blocks to or from removed groups go, so that block rows may differ in length.
+    In a pool with groups that holds for groups that no input has chosen: where one goes that was chosen, though none of
+    it woke, the next best is looked at instead.
 
     Args:
         model: its config is replaced by one with the new n_neurons (and, if fewer groups are left, blocks_per_row).
@@ -160,7 +190,7 @@ def prune(model: BrainLikeSprout, neurons: Tensor, *, optimizers: Sequence[Optim
     config = replace(config, **size)
 
     changes = []
-    for table in TABLES:
+    for table in _tables(config):
         owner, resized = model.get_submodule(table.owner), _these_rows(groups if table.per_group else kept)
         changes.append(_Change(owner, table.name, resized(getattr(owner, table.name)), resized))
     if isinstance(strength, BlockSparse):
