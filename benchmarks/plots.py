@@ -85,7 +85,7 @@ def draw_scaling(points: list[Row], folder: Path) -> list[Path]:
     memory = plot.twinx()
     memory.plot([p["n"] for p in points], [p["peak_bytes"] / 2**30 for p in points], "x--k", label="peak memory")
     memory.set(ylabel="peak memory, GiB", yscale="log")
-    plot.legend(fontsize=7, loc="upper left")
+    plot.legend(fontsize=7, loc="center left")
     memory.legend(fontsize=7, loc="lower right")
     return [_save(figure, folder / "sprout-scaling.png")]
 

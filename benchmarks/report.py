@@ -68,7 +68,7 @@ def markdown(run: Run) -> list[str]:
     if rows:
         lines += [*table.markdown(rows), "", *[f"- {line}" for line in table.summary_lines(rows)]]
     if scaling:
-        lines += ["", "SPROUT in groups, as the pool grows:", "", *table.scaling_markdown(scaling), ""]
+        lines += ["", "SPROUT in groups, as the pool grows:", "", *table.scaling_markdown(scaling), ""][not rows :]
     return lines + [f"- {table.target_line(entry)}" for entry in targets_of(run)]
 
 

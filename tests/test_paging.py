@@ -69,13 +69,14 @@ def test_scores_of_all_neurons_are_those_of_the_flat_pool():
     torch.testing.assert_close(page.scores.member, model.pool.score(z)[:, neuron], rtol=0, atol=1e-12)
 
 
-def test_a_page_holds_the_chosen_groups_and_the_blocks_between_them():
-    model = grouped(3, n_neurons=1024)  # of 64 groups
+@pytest.mark.parametrize("active_groups", [3, 24])
+def test_a_page_holds_the_chosen_groups_and_the_blocks_between_them(active_groups):
+    model = grouped(active_groups, n_neurons=1024)  # of 64 groups
     z = model.encoder.read(some_tokens(4))
     page = model.pool.page(z)
-    chosen = model.pool.group_score(z).topk(3).indices.sort(1).values
+    chosen = model.pool.group_score(z).topk(active_groups).indices.sort(1).values
     assert torch.equal(page.groups, chosen.unique())
-    assert len(page.groups) < 13
+    assert len(page.groups) < 64
     own = (page.groups == chosen[:, :, None]).any(1).repeat_interleave(16, 1)
     assert torch.equal(page.score > float("-inf"), own)
     neuron = (page.groups[:, None] * 16 + torch.arange(16)).flatten()
