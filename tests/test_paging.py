@@ -71,7 +71,7 @@ def test_scores_of_all_neurons_are_those_of_the_flat_pool():
 
 @pytest.mark.parametrize("active_groups", [3, 24])
 def test_a_page_holds_the_chosen_groups_and_the_blocks_between_them(active_groups):
-    model = grouped(active_groups, n_neurons=1024)  # of 64 groups
+    model = grouped(active_groups, n_neurons=1024, blocks_per_row=4)  # of 64 groups
     z = model.encoder.read(some_tokens(4))
     page = model.pool.page(z)
     chosen = model.pool.group_score(z).topk(active_groups).indices.sort(1).values
