@@ -23,6 +23,7 @@ from .paging import GroupedScore
 from .pattern import ActivationPattern, gate_change, jaccard
 from .pool import GlobalNeuronPool
 from .pretrained import Pretrained
+from .rewiring import rewire
 from .sampling import generate
 
 
@@ -165,6 +166,13 @@ class BrainLikeSprout(Pretrained, nn.Module):
                 count=count,
                 backend=self.config.backend,
             )
+
+    def rewire(self, pattern: ActivationPattern | Sequence[ActivationPattern], **how: Any) -> bio_kernels.Rewiring:
+        """Lets the stored blocks of a block-sparse pool follow these patterns; see ``sprout.rewiring.rewire``.
+
+        Keywords: max_new_per_row=1, margin=0.1, optimizers=(), process_group=None.
+        """
+        return rewire(self, pattern, **how)
 
     def grow(self, n: int, *, optimizers: Sequence[Optimizer] = (), generator: torch.Generator | None = None) -> None:
         """Adds n neurons that sleep until ``pool.waken`` rouses them: no output changes; see ``sprout.resize.grow``."""

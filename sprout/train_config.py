@@ -82,6 +82,7 @@ class TrainConfig:
     balance: float = option(0.01, "weight of the load-balancing term")
     settling: float = option(0.1, "weight of the settling term")
     plasticity: str | None = option(None, "RATE or RATE,oja: the Hebbian rule after each step")
+    rewire_every: int = option(0, "steps between rewirings of a block-sparse pool, a block in each block row; 0: none")
     freeze_strength: bool = option(False, "hold the connection strengths at zero")
     mixed_precision: str = option("no", "no, bf16 or fp16 (fp16 on a GPU only)")
     device: str = option("auto", "auto, cpu or cuda")
@@ -108,7 +109,8 @@ class TrainConfig:
             self._check(name, "an integer >= 1", lambda x: type(x) is int and x >= 1)
         for name in ("max_steps", "save_every", "threads"):
             self._check(name, "an integer >= 1", lambda x: x is None or (type(x) is int and x >= 1))
-        self._check("warmup_steps", "an integer >= 0", lambda x: type(x) is int and x >= 0)
+        for name in ("warmup_steps", "rewire_every"):
+            self._check(name, "an integer >= 0", lambda x: type(x) is int and x >= 0)
         self._check("seed", "an integer in 0..2**32-1", lambda x: type(x) is int and 0 <= x < 2**32)
         for name in ("lr", "muon_lr"):
             self._check(name, "a finite number > 0", lambda x: _is_number(x) and x > 0)
@@ -244,6 +246,8 @@ def parts(options: dict[str, Any], vocab_size: int) -> tuple[TrainConfig, Sprout
     sizes = {name: options[name] for name in model_names()}
     if config.model == "gpt" and sizes["n_encoder_layers"] == 0:
         raise OptionError("--n_encoder_layers must be an integer >= 1 for --model gpt, got 0")
+    if config.rewire_every and (config.model != "sprout" or sizes["connection"] != "block_sparse"):
+        raise OptionError("--rewire_every needs --model sprout --connection block_sparse: only blocks can be rewired")
     try:
         return config, SproutConfig(vocab_size=vocab_size, max_seq_len=config.window, causal=True, **sizes)
     except ValueError as error:  # its texts begin with the name of the field

@@ -121,6 +121,8 @@ class Trainer:
                 self.model.plasticity(history, eta=eta / len(histories), decay=decay)
         self.loss_steps += 1
         self.step += 1
+        if self.config.rewire_every and self.step % self.config.rewire_every == 0:
+            self.model.rewire([history[-1] for history in histories], optimizers=self.optimizers)
         return {"result": result, "grad_norm": norm, "lr": share * self.config.lr}
 
     def _clip_grad_norm(self, limit: float) -> Any:

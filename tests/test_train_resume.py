@@ -66,6 +66,7 @@ WAYS = {
     "muon": "--optimizer muon --dropout 0.1 --plasticity 0.1,oja --grad_accumulation 2",
     "gpt": "--model gpt",
     "groups": "--connection block_sparse --block_size 16 --blocks_per_row 2 --active_groups 2 --grad_accumulation 2",
+    "rewired": "--connection block_sparse --block_size 16 --blocks_per_row 2 --rewire_every 2 --plasticity 0.1",
     "bf16": "--mixed_precision bf16 --connection block_sparse --block_size 16 --blocks_per_row 2",
 }
 
