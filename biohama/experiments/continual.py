@@ -158,7 +158,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = [
         "# Tasks learnt one after another",
         "",
-        f"Order: {', '.join(tasks)}. Seq-Acc on {found['split']}, medians over {len(found['seeds'])} seeds; right "
+        f"Order: {', '.join(tasks)}. Seq-Acc on {found['split']}, medians over seeds {found['seeds']}; right "
         "after a task was learnt, then after the last one. Forgetting: mean loss since the best earlier stage.",
         "",
         f"| model | {' | '.join(tasks)} | mean at the end | forgetting |",
