@@ -39,7 +39,7 @@ class Competition(nn.Module):
         return _GAIN * self.priority(x).squeeze(-1) + content.clamp(min=1e-2).log() - excluded * (1 - content)
 
     def propose(self, drive: Tensor, room: Tensor, focus: float = FOCUS) -> Tensor:
-        """drive and room (B, S), room 0 where there is no slot yet -> address (B, S + 1)."""
+        """drive and room (B, S), room 0 where there is no slot yet, and focus, as above -> address (B, S + 1)."""
         left = torch.where(room > _NO_ROOM, drive + room.clamp(min=_NO_ROOM).log(), _GONE)
         return (focus * torch.cat([left, self.null_drive.expand(len(drive), 1)], 1)).softmax(1)
 

@@ -56,8 +56,8 @@ def training_loss(
 
     Args: model, a BioHamaModel, or any other model of tokens (B, T) -> logits (B, T, V), which learns by cross-entropy
         alone; batch, with tokens and targets (B, T), IGNORE = -100 where nothing is scored; without, of PARTS, what to
-        leave out: exploration (floor and absent modules), modules (their own loss), responsibility (every module learns
-        every sequence), credit (the router's), rest and quiet (penalties of events and of ``own``).
+        leave out: exploration (floor, absent modules, noise of senders), modules (their own loss), responsibility
+        (every module learns every sequence), credit (the router's), rest, quiet (penalties of events and of ``own``).
     Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
     """
     for name in [without] if isinstance(without, str) else without:

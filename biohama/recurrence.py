@@ -99,7 +99,7 @@ def step(model: BioHamaModel, tokens: Tensor, state: State, phase: Phase) -> tup
     room[:, t] = 1
     if t:
         model.hebbian.write_(state.trace, t, state.x)
-    queue = model.competition.propose(state.drive, room)
+    queue = model.competition.propose(state.drive, room, phase.focus)
     address = mix(model, model.router.choose(control.router_logit, config.threshold), x, last, queue, state)
     logits = (model.memory.read_step(address, state.answers) + FLOOR).log()
     return logits, state._replace(length=t + 1, h=h, x=x, room=room, address=address, queue=queue)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("hydra")
 pytest.importorskip("torchmetrics")
 
-from biohama.experiments import ablation
+from biohama.experiments import ablation, continual, suite
 from biohama.objective import PARTS
 
 QUICK = ["train.steps=2", "train.batch_size=2", "train.tensorboard=false", "device=cpu"]
@@ -63,5 +63,17 @@ def test_runs_and_table(tmp_path, capsys):
 )
 def test_wrong_options_name_their_key(wrong, said, tmp_path, capsys):
     assert ablation.main([f"out={tmp_path}", wrong]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", [ablation, suite, continual], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "out must be given"), (["out=x", "options={a: 1}"], "options"), (["x"], "must be KEY=VALUE")],
+)
+def test_many_runs_name_what_is_wrong_with_a_command_line(module, arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert module.main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from sprout.runs import replace_file
 
 from ..config import MODULES
-from .config import FOUR, Config, OptionError, check, nested
+from .config import FOUR, Config, OptionError, check, planned
+from .evaluate import accuracy
 from .suite import placed, run
 
 log = logging.getLogger("biohama.experiments")
@@ -66,7 +67,10 @@ STEPS = {"all_four": 3000}  # where they are not the default
 
 @dataclass
 class Ablation:
-    """out: folder. cases: names out of CASES; null: all. model: a BioHama. options: of every run, nested."""
+    """out: folder. cases: names out of CASES, null: all. tasks: those of them to run, null: all. model: a BioHama.
+
+    seeds. jobs: processes at once. options: of every run, nested, see ``make_config``. Raises: OptionError.
+    """
 
     out: str
     cases: list[str] | None = None
@@ -105,7 +109,10 @@ class Ablation:
 
 
 def collected(runs: Sequence[tuple[Case, str, Config]]) -> list[dict[str, Any]]:
-    """A row for each case and task of which some runs are finished: Seq-Acc by split, one value for each seed."""
+    """A row for each case and task of which some runs are finished: Seq-Acc by split, one value for each seed.
+
+    In free running; with evaluation.free_running=0 teacher-forced, see ``accuracy``.
+    """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for case, task, config in runs:
         file = Path(str(config.out)) / "results.json"
@@ -114,10 +121,7 @@ def collected(runs: Sequence[tuple[Case, str, Config]]) -> list[dict[str, Any]]:
             row = rows.setdefault((case.name, task), empty)
             row["seeds"].append(config.seed)
             for split, figures in json.loads(file.read_text())["splits"].items():
-                value = figures["seq_acc"]
-                row["seq_acc"].setdefault(split, []).append(
-                    figures["seq_acc_teacher_forced"] if value is None else value
-                )
+                row["seq_acc"].setdefault(split, []).append(accuracy(figures))
     return list(rows.values())
 
 
@@ -138,11 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns: the exit code, as ``suite``."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        given = nested(sys.argv[1:] if argv is None else argv)
-        own = {key: given.pop(key) for key in Ablation.__dataclass_fields__ if key in given and key != "options"}
-        if "out" not in own:
-            raise OptionError("out must be given: the folder of the runs, as in out=runs/ablation")
-        plan = Ablation(**own, options=given)
+        plan = planned(Ablation, sys.argv[1:] if argv is None else argv)
         runs = plan.runs()
     except (ValueError, TypeError) as error:
         print(f"biohama.experiments.ablation: error: {error}", file=sys.stderr)

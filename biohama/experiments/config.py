@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,7 @@ from ..baselines import BaselineConfig
 from ..config import BioHamaConfig
 from ..objective import PARTS
 
+Plan = TypeVar("Plan")
 DEVICES = ("auto", "cpu", "cuda")
 # What may change when a run is continued, and what is not part of a run: the rest makes it another one.
 FREE_ON_RESUME = ("evaluation", "train.save_every", "train.tensorboard")
@@ -229,6 +230,20 @@ def nested(arguments: Sequence[str]) -> dict[str, Any]:
         return OmegaConf.to_object(OmegaConf.from_dotlist(list(arguments)))  # type: ignore[return-value]
     except (OmegaConfBaseException, ValueError) as error:
         raise OptionError(f"the arguments cannot be read: {error}") from None
+
+
+def planned(kind: type[Plan], argv: Sequence[str]) -> Plan:
+    """kind, a dataclass of many runs with a folder out, of the command line; what is not its own goes to its options.
+
+    Raises: OptionError.
+    """
+    given = nested(argv)
+    if "out" not in given:
+        raise OptionError("out must be given: the folder of the results, as in out=runs/NAME")
+    names: Any = fields(kind)  # type: ignore[arg-type]
+    own: dict[str, Any] = {name: given.pop(name) for name in [x.name for x in names] if name in {*given} - {"options"}}
+    own["options"] = given
+    return kind(**own)
 
 
 def to_config(composed: Any) -> Config:

@@ -26,7 +26,7 @@ from sprout.runs import CheckpointError, DiskError, LockError, RunError, replace
 
 from ..tasks import Task
 from .build import build_model, build_task, load_run
-from .config import FOUR, Config, EvaluationOptions, OptionError, check, make_config, nested
+from .config import FOUR, Config, EvaluationOptions, OptionError, check, make_config, planned
 from .evaluate import accuracy, check_splits, evaluate
 
 log = logging.getLogger("biohama.experiments")
@@ -176,11 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns: the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        given = nested(sys.argv[1:] if argv is None else argv)
-        own = {key: given.pop(key) for key in Continual.__dataclass_fields__ if key in given and key != "options"}
-        if "out" not in own:
-            raise OptionError("out must be given: the folder of the results, as in out=runs/continual")
-        run(Continual(**own, options=given))
+        run(planned(Continual, sys.argv[1:] if argv is None else argv))
     except (ValueError, TypeError, ImportError, LockError) as error:
         return _fail(error, 2)
     except (RunError, CheckpointError, DiskError) as error:

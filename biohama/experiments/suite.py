@@ -24,7 +24,7 @@ from typing import Any
 from sprout.runs import Interrupt
 
 from .build import build_model, build_task
-from .config import FOUR, Config, OptionError, check, make_config, nested, of_a_run, run_name
+from .config import FOUR, Config, check, make_config, of_a_run, planned, run_name
 from .evaluate import headline
 
 log = logging.getLogger("biohama.experiments")
@@ -126,11 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns: the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        given = nested(sys.argv[1:] if argv is None else argv)
-        own = {name: given.pop(name) for name in ("out", "tasks", "models", "seeds", "jobs") if name in given}
-        if "out" not in own:
-            raise OptionError("out must be given: the folder of the runs, as in out=runs/grid")
-        suite = Suite(**own, options=given)
+        suite = planned(Suite, sys.argv[1:] if argv is None else argv)
         configs = suite.configs()
     except (ValueError, TypeError) as error:
         print(f"biohama.experiments.suite: error: {error}", file=sys.stderr)
