@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+INFORMED = 2  # nodes that know something of the stream before messages: the senses, the executive
 MODULES = ("forward", "backward", "stay", "oldest", "newest", "compete", "hebb", "percept")
 BACKENDS = ("auto", "triton", "reference", "dense")
 
@@ -19,7 +20,7 @@ class BioHamaConfig:
     d_node: width of a node that exchanges messages; a multiple of n_heads.
     d_cue: width of the Hebbian memory's cue code, of which cue_active are nonzero.
     n_heads: heads of the attention among nodes.
-    n_senders: nodes that may send in a round of messages.
+    n_senders: nodes that send in a round of messages: the senses, the executive, and the most salient others.
     n_rounds: rounds of messages; 0: none, so that nothing of the input reaches router and gates.
     n_slots: longest stream in tokens; every token takes a slot.
     read_width: slots that a read may combine; 0: all.
@@ -61,8 +62,8 @@ class BioHamaConfig:
         for name in ("n_rounds", "read_width"):
             self._check_int(name, 0)
         object.__setattr__(self, "modules", self._modules())
-        self._check_int("n_senders", 1, self.n_nodes, "the number of nodes, len(modules) + 4")
-        self._check_int("cue_active", 1, self.d_cue, "d_cue")
+        self._check_int("n_senders", INFORMED, self.n_nodes, "the number of nodes, len(modules) + 4")
+        self._check_int("cue_active", 1, self.d_cue - 1, "d_cue - 1")
         if self.d_node % self.n_heads:
             raise ValueError(f"d_node must be a multiple of n_heads={self.n_heads}, got {self.d_node}")
         if type(self.threshold) not in (int, float) or not 0 <= self.threshold < 1:

@@ -13,19 +13,21 @@ _SMALL = 1e-3  # below this squared resemblance nothing is proposed rather than 
 class HebbianMemory(nn.Module):
     """x (B, T, D) -> addresses (B, T, S = T): the slots whose predecessor resembles the token of this step.
 
-    cue(x) = top cue_active of relu(W x), at unit length                         (B, T, C)
+    cue(x) = top cue_active of W x, less the next one, at unit length            (B, T, C)
     write:  trace[slot t, :] += cue(x_{t-1})                                     Hebb: what was together is bound
     read:   s_i = trace[slot i, :] . cue(x_t);   address_i = s_i^2 / (sum_j s_j^2 + 0.001)
+    The runner-up is the threshold, as in k-winners-take-all circuits, and not 0: with 0 training left one or two cells
+    of most cues, some of them the same, and a cell that is cut off does not learn to come back.
     With tied=False what is asked with has a map of its own, and any pairing can be learnt instead of resemblance.
     Parallel (``forward``) and step by step (``write_``, ``read``) are the same function.
 
-    Args: d_model, D; d_cue, C; cue_active in 1..C; tied; backend, see bio_kernels.
+    Args: d_model, D; d_cue, C; cue_active in 1..C-1; tied; backend, see bio_kernels.
     """
 
     def __init__(self, d_model: int, d_cue: int, cue_active: int, tied: bool = True, backend: str = "auto") -> None:
         super().__init__()
-        if not 1 <= cue_active <= d_cue:
-            raise ValueError(f"cue_active must be in 1..d_cue={d_cue}, got {cue_active}")
+        if not 1 <= cue_active < d_cue:
+            raise ValueError(f"cue_active must be in 1..d_cue-1={d_cue - 1}, got {cue_active}")
         self.cue_active, self.backend = cue_active, backend
         self.to_cue = nn.Linear(d_model, d_cue, bias=False)
         self.to_question = None if tied else nn.Linear(d_model, d_cue, bias=False)
@@ -33,8 +35,8 @@ class HebbianMemory(nn.Module):
     def cue(self, x: Tensor, question: bool = False) -> tuple[Tensor, Tensor]:
         """The cue of x (..., D) as its active cells: (index, value), each (..., cue_active), of unit length."""
         project = self.to_question if question and self.to_question is not None else self.to_cue
-        value, index = project(x).relu().topk(self.cue_active, -1)
-        return index, F.normalize(value, dim=-1, eps=1e-6)
+        value, index = project(x).topk(self.cue_active + 1, -1)
+        return index[..., :-1], F.normalize(value[..., :-1] - value[..., -1:], dim=-1, eps=1e-6)
 
     def cue_rows(self, x: Tensor, question: bool = False) -> Tensor:
         """(..., C): ``cue`` with its zeros."""

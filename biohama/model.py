@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .addresses import corrected, first_slot, newest_so_far, oldest, shifted, winner
 from .competition import EXCLUDED, FOCUS, Competition
-from .config import BioHamaConfig
+from .config import INFORMED, BioHamaConfig
 from .executive import Executive
 from .hebbian import HebbianMemory
 from .message_passing import MessagePassing
@@ -26,9 +26,8 @@ class Phase(NamedTuple):
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
-    decided: events and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get, which are
-    also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the competing queue.
-    senders: noise of the salience by which nodes are chosen to send.
+    decided: events, content and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get,
+    which are also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the queue.
     """
 
     floor: float = 0.0
@@ -39,14 +38,13 @@ class Phase(NamedTuple):
     noise: float = 0.0
     excluded: float = EXCLUDED
     focus: float = FOCUS
-    senders: float = 0.0
 
 
 class Control(NamedTuple):
     """What the nodes decide in every step.
 
-    router_logit: (..., M). content: (...) in 0..1, how much a slot counts as content. own: (...) in 0..1, how surely
-    the token of this step is the model's last answer; own_logit: (...).
+    router_logit: (..., M). content: (...) in 0..1, whether a slot counts as content. own: (...) in 0..1, whether the
+    token of this step is the model's last answer; own_logit: (...).
     """
 
     router_logit: Tensor
@@ -79,7 +77,8 @@ class BioHamaModel(nn.Module):
     """tokens (B, T) -> logits (B, T, V), causal. The output sees only what was read from memory.
 
     x = E[token];  h = Executive(x);  nodes = [W_s x; W_e h; one of each module; content gate; own gate] + identity
-    nodes exchange messages; the router weighs the modules by their nodes; the address is the weighted sum of proposals:
+    nodes exchange messages (the first two always send); the router weighs the modules by their nodes
+    the address is the weighted sum of the modules' proposals:
     forward, backward, stay: the last address moved by +1, -1, 0      oldest, newest: first and last content slot
     compete: Competition      hebb: HebbianMemory      percept: the current slot
     logits = log sum_i address_i softmax(scale E (x_i + W x_i) + bias):  what the slots would say, mixed
@@ -97,9 +96,9 @@ class BioHamaModel(nn.Module):
         self.report = nn.Linear(config.d_hidden, n, bias=False)
         self.identity = nn.Parameter(torch.randn(config.n_nodes, n) * 0.5)
         sizes = (config.n_nodes, n, config.n_senders, config.n_rounds, config.n_heads, config.backend)
-        self.messages = MessagePassing(*sizes)
-        with torch.no_grad():  # whoever does not send learns nothing: the two that know something begin as senders
-            self.messages.attention.salience_bias[:2] = 2.0
+        self.messages = MessagePassing(*sizes, always=INFORMED)
+        with torch.no_grad():
+            self.messages.attention.salience_bias[:INFORMED] = 2.0
         self.router = Router(len(config.modules), n, config.threshold)
         self.content = nn.Linear(n, 1)
         self.own = nn.Linear(n, 1)
@@ -146,9 +145,9 @@ class BioHamaModel(nn.Module):
         heard = torch.stack([self.sense(x), self.report(h)], -2)
         nodes = self.identity.expand(*x.shape[:-1], -1, -1)
         nodes = torch.cat([nodes[..., :2, :] + heard, nodes[..., 2:, :]], -2)
-        nodes = self.messages(nodes.flatten(0, -3), phase.senders).view(nodes.shape)
+        nodes = self.messages(nodes.flatten(0, -3)).view(nodes.shape)
         content, own = (gate(nodes[..., m + 2 + i, :]).squeeze(-1) for i, gate in enumerate((self.content, self.own)))
-        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), content.sigmoid(), opened(own, phase), own)
+        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), opened(content, phase), opened(own, phase), own)
 
     def trace(self, tokens: Tensor, phase: Phase | None = None) -> Trace:
         """All that happens in the stream; arguments and errors as ``forward``; phase None: as the model is used."""

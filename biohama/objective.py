@@ -33,8 +33,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
 
     The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
     the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45, the queue's focus
-    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it. Who sends is
-    noisy to the end: the executive's report, once pushed out, would not come back.
+    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it.
     """
     return Phase(
         floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
@@ -45,7 +44,6 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
         noise=ramp(progress, 0.2, 0.45),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
         focus=1 + (FOCUS - 1) * ramp(progress, 0.45, 0.9),
-        senders=1.0 if explore else 0.0,
     )
 
 
@@ -56,7 +54,7 @@ def training_loss(
 
     Args: model, a BioHamaModel, or any other model of tokens (B, T) -> logits (B, T, V), which learns by cross-entropy
         alone; batch, with tokens and targets (B, T), IGNORE = -100 where nothing is scored; without, of PARTS, what to
-        leave out: exploration (floor, absent modules, noise of senders), modules (their own loss), responsibility
+        leave out: exploration (floor, absent modules), modules (their own loss), responsibility
         (every module learns every sequence), credit (the router's), rest, quiet (penalties of events and of ``own``).
     Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
     """

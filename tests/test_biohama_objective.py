@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biohama import BioHamaConfig, BioHamaModel, Phase, SparseAttention, training_loss
+from biohama import BioHamaConfig, BioHamaModel, Phase, training_loss
 from biohama.baselines import Baseline, BaselineConfig
 from biohama.config import MODULES
 from biohama.generation import free_run, teacher_forced
@@ -52,31 +52,8 @@ def test_phases_harden():
         assert early.threshold <= late.threshold
         assert early.excluded <= late.excluded
     still = phase_at(0.0, 0.1, explore=False)
-    assert (still.floor, still.drop, still.senders) == (0, 0, 0)
+    assert (still.floor, still.drop) == (0, 0)
     assert (phases[0].focus, phases[-1].focus, Phase().focus) == (1, 5, 5)
-    assert {phase.senders for phase in phases} == {1.0}
-    assert Phase().senders == 0, "in use the same nodes send every time"
-
-
-def test_in_training_a_node_that_was_pushed_out_sends_now_and_then_and_learns():
-    torch.manual_seed(0)
-    part, m = SparseAttention(n_nodes=6, d_node=4, n_senders=2), 5
-    with torch.no_grad():
-        part.salience.weight.zero_()
-        part.salience_bias.copy_(torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0, -1.0]))
-    nodes = torch.randn(1, 6, 4).expand(4000, -1, -1)
-    for noise, sends in ((0.0, False), (1.0, True)):
-        gates = part.gates(nodes, noise)
-        assert torch.equal((gates > 0).sum(1), torch.full((4000,), 2))
-        share = (gates > 0).double().mean(0)
-        assert bool(share[m] > 0) is sends
-        assert gates[gates[:, m] > 0, m].allclose(torch.tensor(-1.0).sigmoid()), "noise chooses, and does not weigh"
-        (gradient,) = torch.autograd.grad(gates.sum(), part.salience_bias)
-        assert bool(gradient[m] > 0) is sends
-    weight = part.salience_bias.detach().exp()
-    first = weight / weight.sum()  # Gumbel-top-k draws without replacement, by softmax(salience)
-    second = sum(first[i] * first / (1 - first[i]) * (torch.arange(6) != i) for i in range(6))
-    assert share.tolist() == pytest.approx((first + second).tolist(), abs=0.03)
 
 
 @pytest.mark.parametrize("progress", PROGRESS)

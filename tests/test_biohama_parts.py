@@ -20,8 +20,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def attention(backend: str = "auto") -> SparseAttention:
-    part = SparseAttention(7, 12, 3, n_heads=2, backend=backend).double()
+def attention(backend: str = "auto", always: int = 0) -> SparseAttention:
+    part = SparseAttention(7, 12, 3, n_heads=2, backend=backend, always=always).double()
     with torch.no_grad():
         part.strength.normal_()
         part.salience_bias.normal_()
@@ -33,7 +33,7 @@ def by_loops(part: SparseAttention, nodes: Tensor) -> Tensor:
     samples = []
     for sample in nodes:
         salience = sample @ part.salience.weight[0] + part.salience_bias
-        speaking = sorted(range(7), key=lambda m: -float(salience[m].detach()))[:3]
+        speaking = sorted(range(7), key=lambda m: (m >= part.always, -float(salience[m].detach())))[:3]
         q, k, v = (sample @ weight.T for weight in part.qkv.weight.chunk(3))
         found = []
         for i in range(7):
@@ -47,9 +47,10 @@ def by_loops(part: SparseAttention, nodes: Tensor) -> Tensor:
     return torch.stack(samples)
 
 
+@pytest.mark.parametrize("always", [0, 2, 3])
 @pytest.mark.parametrize("backend", ["auto", "reference", "dense"])
-def test_attention_is_its_formula_with_its_gradients(backend):
-    part, nodes = attention(backend), torch.randn(4, 7, 12, dtype=torch.float64, requires_grad=True)
+def test_attention_is_its_formula_with_its_gradients(backend, always):
+    part, nodes = attention(backend, always), torch.randn(4, 7, 12, dtype=torch.float64, requires_grad=True)
     there = torch.randn(4, 7, 12, dtype=torch.float64)
     inputs = [nodes, *part.parameters()]
     mine, plain = part(nodes), by_loops(part, nodes)
@@ -75,7 +76,21 @@ def test_only_the_senders_speak():
         part(nodes[:, :6])
 
 
+@torch.no_grad()
+def test_the_first_nodes_always_send_however_salient_the_others_are():
+    part, nodes = attention(always=2), torch.randn(5, 7, 12, dtype=torch.float64)
+    part.salience_bias[:2] = -100.0
+    gates, others = part.gates(nodes), SparseAttention(5, 12, 1).double()
+    others.salience.weight, others.salience_bias = part.salience.weight, torch.nn.Parameter(part.salience_bias[2:])
+    assert (gates > 0).sum(1).tolist() == [3] * 5
+    assert bool((gates[:, :2] > 0).all())
+    assert gates[:, 2:].equal(others.gates(nodes[:, 2:])), "for the other place the most salient of the rest compete"
+
+
 def test_sizes_of_an_attention_are_checked():
+    for always in (-1, 3):
+        with pytest.raises(ValueError, match=f"always must be in 0..n_senders=2, got {always}"):
+            SparseAttention(5, 8, 2, always=always)
     for senders in (0, 6):
         with pytest.raises(ValueError, match=f"n_senders must be in 1..n_nodes=5, got {senders}"):
             SparseAttention(5, 8, senders)
@@ -194,9 +209,20 @@ def test_hebbian_parallel_and_step_by_step(tied):
     index, value = part.cue(x, question=True)
     assert rows.gather(-1, index).equal(value)
     assert part.cue_rows(x).equal(rows) is tied
-    for active in (0, 65):
-        with pytest.raises(ValueError, match=f"cue_active must be in 1..d_cue=64, got {active}"):
+    for active in (0, 64):
+        with pytest.raises(ValueError, match=f"cue_active must be in 1..d_cue-1=63, got {active}"):
             HebbianMemory(16, 64, active)
+
+
+def test_a_cue_keeps_its_cells_and_their_gradients_also_below_zero():
+    part, x = HebbianMemory(2, 6, 3).double(), torch.eye(2, dtype=torch.float64)
+    drives = torch.tensor([[9.0, 5, 3, 2, 0, -1], [-9.0, -8, -6, -7, -5, -9]], dtype=torch.float64)
+    part.to_cue.weight = torch.nn.Parameter(drives.T.clone())
+    rows = part.cue_rows(x)
+    expected = torch.tensor([[7.0, 3, 1, 0, 0, 0], [0, 0, 2, 1, 3, 0]], dtype=torch.float64)
+    torch.testing.assert_close(rows, expected / expected.norm(dim=1, keepdim=True))
+    (gradient,) = torch.autograd.grad(rows[:, 2].sum(), part.to_cue.weight)
+    assert ((gradient.T != 0).sum(1) == 4).all(), "three cells and the threshold"
 
 
 def queue(inhibition: bool) -> Tensor:
