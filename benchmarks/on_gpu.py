@@ -56,6 +56,7 @@ STEPS = (
     Step("tuning_blocks", 2, "sums", "blocks_rows", False, "size of a block of BlockSparse"),
     Step("tuning_constants", 6, "constants", "rows", False, "tiles and warps of the other kernels"),
     Step("tuning_tiles", 25, "tiles", "rows", False, "tile tables of attention, forward and backward"),
+    Step("language", 25, "language", "rows", False, "SPROUT at nanoGPT's GPU budget, needs --data FILE"),
 )
 NAMED = {step.name: step for step in STEPS}
 
@@ -91,8 +92,8 @@ def run(steps: list[Step], options: argparse.Namespace) -> int:
     from .gpu.journal import DeviceLost, Journal, OutOfTime
     from .gpu.setting import Setting
 
-    setting = Setting(options.rehearse, options.out)
     end = time.monotonic() + 60 * options.minutes
+    setting = Setting(options.rehearse, options.out, end, options.data and options.data.resolve())
     journals = [Journal(options.out, step.name, options.rehearse, end, options.again) for step in steps]
     lost = None
     for step, journal in zip(steps, journals, strict=True):
@@ -120,6 +121,7 @@ def run(steps: list[Step], options: argparse.Namespace) -> int:
             str(options.out),
             "--minutes",
             f"{left:.3f}",
+            *([] if options.data is None else ["--data", str(options.data)]),
         ]
         os.execv(sys.executable, again)
     print("\n".join(["", *closing.lines(journals)]))
@@ -149,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the steps and end")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results of each step are kept")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after that long")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the text of the step language")
     parser.add_argument("--again", action="store_true", help="repeat rows that failed, broke or were left out")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the smallest shapes")
     options = parser.parse_args(arguments)

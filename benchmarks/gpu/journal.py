@@ -74,7 +74,8 @@ class Journal:
     def run(self, key: str, job: Callable[[], Row]) -> None:
         """Runs job unless the file has its row; what it raises becomes part of the row.
 
-        AssertionError: a check failed. LeftOut: it cannot run here. Anything else: an error.
+        AssertionError: a check failed. LeftOut: it cannot run here. OutOfTime: it goes on in the next call, and this
+        one does not count as an attempt. Anything else: an error.
         Raises: OutOfTime before a row; DeviceLost after a row that left the GPU unusable.
         """
         old = self.rows.get(key, {"status": RUNNING, "attempts": 0})
@@ -87,7 +88,12 @@ class Journal:
             raise OutOfTime
         self._keep(key, {"status": RUNNING, "attempts": old["attempts"] + 1})
         begin = time.monotonic()
-        row = self._honest(outcome(job)) | {"seconds": round(time.monotonic() - begin, 3)}
+        try:
+            row = outcome(job)
+        except OutOfTime:
+            self._keep(key, {"status": RUNNING, "attempts": old["attempts"]})
+            raise
+        row = self._honest(row) | {"seconds": round(time.monotonic() - begin, 3)}
         self._keep(key, row)
         print(f"{self.step}: {key}: {row['status']} ({row['seconds']:.1f} s)", flush=True)
         free()
@@ -110,9 +116,11 @@ class Journal:
 
 
 def outcome(job: Callable[[], Row]) -> Row:
-    """What job returns with status ok, or the status and the message of what it raised."""
+    """What job returns with status ok, or the status and the message of what it raised. Raises: OutOfTime."""
     try:
         return {"status": OK, **job()}
+    except OutOfTime:
+        raise
     except LeftOut as reason:
         return {"status": LEFT_OUT, "message": _short(reason)}
     except AssertionError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import time
@@ -24,10 +25,15 @@ Rows = Iterator[tuple[str, Callable[[], Row]]]  # of a step: the key of each row
 
 @dataclass(frozen=True)
 class Setting:
-    """rehearsal: no GPU, Triton's interpreter, and figures that say nothing. folder: where steps may leave files."""
+    """rehearsal: no GPU, Triton's interpreter, and figures that say nothing. folder: where steps may leave files.
+
+    end: on the clock time.monotonic(), when this call should be over. data: a text, or None.
+    """
 
     rehearsal: bool
     folder: Path
+    end: float = math.inf
+    data: Path | None = None
 
     @property
     def device(self) -> str:
