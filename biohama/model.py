@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
     decided: events, content and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get,
-    which are also multiplied by 1 + noise. excluded: drive that a slot without content loses. focus: of the queue.
+    which are also multiplied by 1 + noise; doubt: that of content. excluded: drive that a slot without content loses. focus: of the queue.
     """
 
     floor: float = 0.0
@@ -36,6 +36,7 @@ class Phase(NamedTuple):
     hard: bool = True
     decided: bool = True
     noise: float = 0.0
+    doubt: float = 0.0
     excluded: float = EXCLUDED
     focus: float = FOCUS
 
@@ -147,7 +148,12 @@ class BioHamaModel(nn.Module):
         nodes = torch.cat([nodes[..., :2, :] + heard, nodes[..., 2:, :]], -2)
         nodes = self.messages(nodes.flatten(0, -3)).view(nodes.shape)
         content, own = (gate(nodes[..., m + 2 + i, :]).squeeze(-1) for i, gate in enumerate((self.content, self.own)))
-        return Control(self.router.logits(nodes[..., 2 : m + 2, :]), opened(content, phase), opened(own, phase), own)
+        return Control(
+            self.router.logits(nodes[..., 2 : m + 2, :]),
+            opened(content, phase._replace(noise=phase.doubt)),
+            opened(own, phase),
+            own,
+        )
 
     def trace(self, tokens: Tensor, phase: Phase | None = None) -> Trace:
         """All that happens in the stream; arguments and errors as ``forward``; phase None: as the model is used."""

@@ -1,8 +1,9 @@
 """What BioHama is trained on: its answer, what every module would have answered alone, and the router's credit.
 
 Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in
-use, one winner, one module, a state that changes at events, is where the soft solution goes when noise and two
-penalties have made it sure of itself; nothing hard is trained through.
+use, one winner, a state that changes at events, is where the soft solution goes when noise and two penalties have made
+it sure of itself; nothing hard is trained through. In the end all is decided as in use, and the rest learns to live with
+it: what a gate had told by being open now and then, on many tokens, it does not tell any more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .tasks.base import IGNORE
 
 PARTS = ("exploration", "modules", "responsibility", "credit", "rest", "quiet")
 _REST, _QUIET = 0.3, 0.05  # what an open event and an open ``own`` cost, nats per unit of their logit
+DECIDED = 0.8  # of the training: from then on the model is as in use
 _NARROW = 0.3  # nats per symbol by which a module must be better to get e times the share of a sequence
 
 
@@ -32,18 +34,20 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
     """How soft the model is at progress 0..1 of its training; threshold is the router's in the end.
 
     The router's even floor fades from 0.5 by 0.5, absent modules from 0.15 by 0.6; its threshold rises from 0.3 to 0.6,
-    the exclusion of slots without content from 0.3 to 0.7, the noise of the gates from 0.2 to 0.45, the queue's focus
-    from 0.45 to 0.9: while it is broad, a shortcut that other modules offer is worth something beside it.
+    the exclusion of slots without content and the queue's focus from 0.3 to 0.7, the noise of the gates from 0.2 to
+    0.45, that of content, which several modules have to agree about first, from 0.45 to 0.7. From 0.8 nothing is soft.
     """
+    decided = progress >= DECIDED
     return Phase(
         floor=0.5 * (1 - ramp(progress, 0.0, 0.5)) if explore else 0.0,
         drop=0.15 * (1 - ramp(progress, 0.0, 0.6)) if explore else 0.0,
         threshold=threshold * ramp(progress, 0.3, 0.6),
-        hard=False,
-        decided=False,
+        hard=decided,
+        decided=decided,
         noise=ramp(progress, 0.2, 0.45),
+        doubt=ramp(progress, 0.45, 0.7),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
-        focus=1 + (FOCUS - 1) * ramp(progress, 0.45, 0.9),
+        focus=1 + (FOCUS - 1) * ramp(progress, 0.3, 0.7),
     )
 
 
@@ -103,5 +107,5 @@ def module_loss(alone: Tensor, scored: Tensor, share: float) -> Tensor:
 
 
 def calm(logit: Tensor, progress: float) -> Tensor:
-    """What open gates cost, softplus of the logit: one that is wide open feels it too. From 0.15 of the training."""
-    return ramp(progress, 0.15, 0.35) * F.softplus(logit).mean()
+    """What open gates cost, softplus of the logit: one that is wide open feels it too. Nothing once all is decided."""
+    return ramp(progress, 0.15, 0.35) * (progress < DECIDED) * F.softplus(logit).mean()

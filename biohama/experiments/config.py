@@ -62,7 +62,7 @@ class ModelOptions:
 
 @dataclass
 class TrainOptions:
-    """AdamW with betas 0.9 and 0.98 and no weight decay, a linear warm-up and then a cosine to a twentieth.
+    """AdamW with betas 0.9 and 0.98 and no weight decay, a linear warm-up, and a linear decay over the last 0.3.
 
     steps, batch_size (sequences), lr (highest), warmup_steps; clip: largest norm of the gradient, 0: no limit.
     log_every, save_every: steps between lines of metrics, between checkpoints.
