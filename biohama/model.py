@@ -26,8 +26,9 @@ class Phase(NamedTuple):
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
-    decided: events, content and ``own`` are 0 or 1. noise: if not decided, how much logistic noise their logits get,
-    which are also multiplied by 1 + noise; doubt: that of content. excluded: drive that a slot without content loses. focus: of the queue.
+    decided: events, content and ``own`` are 0 or 1. noise: if not decided, how much logistic noise the logits of events
+    and ``own`` get, which are also multiplied by 1 + noise; doubt: that of content.
+    excluded: drive that a slot without content loses. focus: of the queue.
     """
 
     floor: float = 0.0

@@ -45,7 +45,9 @@ def test_phases_harden():
     first, last = phases[0], phases[-1]
     assert (first.floor, first.drop, first.threshold, first.excluded) == (0.5, 0.15, 0.0, 0.0)
     assert (last.floor, last.drop, last.threshold, last.excluded) == (0.0, 0.0, pytest.approx(0.1), Phase().excluded)
-    assert not any(phase.hard or phase.decided for phase in phases), "nothing hard is trained through"
+    assert [phase.hard and phase.decided for phase in phases] == [p >= 16 for p in range(21)], "the last fifth"
+    assert not any(phase.hard or phase.decided for phase in phases[:16]), "nothing hard is trained through"
+    assert all(phase.noise == phase.doubt == 1 for phase in phases[14:16]), "and by then all gates are noisy"
     for early, late in pairwise(phases):
         assert early.floor >= late.floor
         assert early.drop >= late.drop
@@ -54,6 +56,22 @@ def test_phases_harden():
     still = phase_at(0.0, 0.1, explore=False)
     assert (still.floor, still.drop) == (0, 0)
     assert (phases[0].focus, phases[-1].focus, Phase().focus) == (1, 5, 5)
+
+
+@torch.no_grad()
+def test_the_last_fifth_of_the_training_is_of_the_model_as_it_is_used():
+    model, batch = shaken(), batch_of()
+    for progress in (0.8, 1.0):
+        assert model.trace(batch.tokens, phase_at(progress, model.config.threshold)).logits.equal(model(batch.tokens))
+    assert not model.trace(batch.tokens, phase_at(0.79, model.config.threshold)).logits.equal(model(batch.tokens))
+
+
+def test_in_the_end_gates_are_left_alone_and_the_router_learns():
+    model, batch = shaken(), batch_of()
+    loss_of(model, batch, 0.9)[0].backward()
+    for part in (model.executive.salience, model.own):
+        assert not part.weight.grad.any()
+    assert model.router.weight.grad.any()
 
 
 @pytest.mark.parametrize("progress", PROGRESS)
@@ -149,6 +167,7 @@ def test_open_gates_cost_something_once_the_task_is_learnt():
     assert float(calm(logit, 0.1)) == 0
     assert float(calm(logit, 0.25)) == pytest.approx(12.5)
     assert float(calm(logit, 0.5)) == pytest.approx(25), "how wide they are open, without an end"
+    assert float(calm(logit, 0.8)) == 0, "and nothing once all is decided"
 
 
 @pytest.mark.parametrize("progress", PROGRESS)
