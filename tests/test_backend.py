@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,11 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "operations on cpu tensors run on the reference backend"
     ]
+
+
+def test_the_choice_of_a_gpu_is_traced_without_a_warning():
+    """torch.compile warns of cached functions, which it does not honour; a user would see that in every GPU program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(lambda x: x + _backend._has_triton(), fullgraph=True, backend="eager")
+        assert float(compiled(torch.zeros(()))) == float(_backend._has_triton())

@@ -30,9 +30,11 @@ def checking() -> bool:
     return os.environ.get("BIO_KERNELS_CHECK") == "1"
 
 
-@functools.cache
+_FOUND_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND_TRITON
 
 
 @functools.cache
