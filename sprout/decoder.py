@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .config import SproutConfig
 from .paging import sparse_rows
 from .pattern import ActivationPattern
+from .sharded import ShardedTable
 
 
 class OutputDecoder(nn.Module):
@@ -41,7 +42,8 @@ class OutputDecoder(nn.Module):
     def features(self, states: Tensor, pattern: ActivationPattern) -> Tensor:
         """(B, D): the settled pattern as one vector, what the head, or a head of your own, reads."""
         gate, table, idx = pattern.gate, self.readout, pattern.idx
-        if self.config.active_groups and torch.is_grad_enabled() and table.requires_grad:
+        sharded = isinstance(table, ShardedTable)
+        if sharded or (self.config.active_groups and torch.is_grad_enabled() and table.requires_grad):
             used = torch.where(pattern.valid(), idx, idx[:, :1])  # padding must not count as neuron 0
             neuron, idx = used.unique(return_inverse=True)  # on a GPU this waits for their number
             table = sparse_rows(table, neuron)

@@ -25,6 +25,7 @@ from .pool import GlobalNeuronPool
 from .pretrained import Pretrained
 from .rewiring import rewire
 from .sampling import generate
+from .sharded_pool import ShardedBlocks
 
 
 class Settled(NamedTuple):
@@ -144,19 +145,24 @@ class BrainLikeSprout(Pretrained, nn.Module):
         process applies the rule to the joined batch: the strengths, if they were the same before, stay so to the bit,
         and are to the bit those of one process with all samples in order of rank. To sum changes of the strengths
         would take L exchanges of 4 N^2 bytes (or of all stored blocks, as processes touch different ones), and its
-        order of summation would not be that of one process. The price: each process computes the whole update.
+        order of summation would not be that of one process. The price: each process computes the whole update, or,
+        of a pool that is spread over processes (``sharded_pool.shard_``), that of its own blocks.
         """
         history = [pattern] if isinstance(pattern, ActivationPattern) else list(pattern)
-        group = joint_group(process_group)
+        group, strength = joint_group(process_group), self.pool.connection_strength
+        if isinstance(strength, ShardedBlocks):
+            if group is not strength.joint:
+                raise ValueError("process_group must be the one that the pool is spread over, got another")
+            strength = strength.own()
         if group is not None:
-            history = join_patterns(history, self.config.n_neurons, self.pool.threshold.device, group)
+            history = join_patterns(history, self.config.n_neurons, self.decoder.head.weight.device, group)
         if not history:
             raise ValueError("pattern must hold at least one ActivationPattern, got an empty history")
         for other in {p.n_neurons for p in history} - {self.config.n_neurons}:
             raise ValueError(f"pattern must be over n_neurons={self.config.n_neurons} neurons, got {other}")
         for idx, gate, count, _ in history:
             bio_kernels.update_strength_(
-                self.pool.connection_strength,
+                strength,
                 idx,
                 gate,
                 gate,

@@ -21,6 +21,8 @@ from torch.autograd import Function
 
 from .config import SproutConfig
 from .pattern import ActivationPattern
+from .sharded import ShardedTable
+from .sharded_pool import ShardedBlocks
 
 
 class _SparseRows(Function):
@@ -41,12 +43,15 @@ class _SparseRows(Function):
         return ctx.out, None
 
 
-def sparse_rows(table: Tensor, rows: Tensor) -> Tensor:
+def sparse_rows(table: Tensor | ShardedTable, rows: Tensor) -> Tensor:
     """table[rows], whose gradient is a coalesced torch.sparse_coo tensor of those rows.
 
-    Args: table (N, ...), a leaf; rows (R,) int64 in 0..N-1, ascending, none twice (not checked).
-    Returns: (R, ...). Gradients: table. Determinism: exact.
+    Args: table (N, ...), a leaf, or one that is spread over processes; rows (R,) int64 in 0..N-1, ascending, none twice
+        (not checked in a leaf).
+    Returns: (R, ...). Gradients: table, of a spread one those of the processes' mean loss. Determinism: exact.
     """
+    if isinstance(table, ShardedTable):
+        return table.rows(rows, mean=True)
     return _SparseRows.apply(table, rows)  # type: ignore[return-value]
 
 
@@ -108,14 +113,14 @@ def choose_groups(group_score: Tensor, config: SproutConfig) -> Tensor:
 def page_in(
     z: Tensor,
     group_score: Tensor,
-    tables: tuple[Tensor, Tensor, Tensor, Tensor],
-    strength: BlockSparse,
+    tables: tuple[Tensor | ShardedTable, Tensor | ShardedTable, Tensor, Tensor],
+    strength: BlockSparse | ShardedBlocks,
     config: SproutConfig,
 ) -> Page:
     """What the samples of a batch need of the pool.
 
     Args: z (B, D); group_score (B, G); tables, the pool's neuron_signatures (N, D), threshold (N,), group_signatures
-        (G, D) and group_threshold (G,); strength, BlockSparse (N, N).
+        (G, D) and group_threshold (G,); strength, (N, N). The first two and the blocks may be spread over processes.
     Gradients: z, the tables and strength.blocks; sparse for those with a row for each neuron, and for the blocks.
     Cost: of B * active_groups groups, and of sorting their numbers. Waits for the device once: for the sizes.
     """
@@ -133,12 +138,14 @@ def page_in(
     foreign = torch.ones(len(z), len(groups), dtype=torch.bool, device=z.device).scatter_(1, place, False)
     score = member.unflatten(1, (-1, p)).masked_fill(foreign[..., None], float("-inf")).flatten(1)
 
-    part = BlockSparse.trusted(sparse_rows(strength.blocks, block), row_offsets, cols, strength.search_steps)
+    sharded = isinstance(strength, ShardedBlocks)
+    blocks = strength.part(groups, block) if sharded else sparse_rows(strength.blocks, block)
+    part = BlockSparse.trusted(blocks, row_offsets, cols, strength.search_steps)
     scores = GroupedScore(group_score, groups, member)
     return Page(groups, config.n_neurons, page_signatures, part, score, scores)
 
 
-def _layout(own: Tensor, strength: BlockSparse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layout(own: Tensor, strength: BlockSparse | ShardedBlocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The different groups among own (B, A), ascending, and the stored blocks between them: groups (U,), block (Z',)
     int64 numbers of the blocks, and their row_offsets (U + 1,) and cols (Z',) int32 in a matrix of these groups alone.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import SproutConfig
 from .paging import Page, page_in
+from .sharded_pool import ShardedBlocks, refuse_shards
 
 # Of the variance of a neuron's signature, what its group has in common: the more, the better a group's score tells who
 # of it would wake (recall 0.99 with 32 of 128 groups, docs/scaling.md). Other shares have not been compared.
@@ -93,7 +94,7 @@ class GlobalNeuronPool(nn.Module):
         """The groups that z (B, D) chooses, as a small pool; see ``paging.page_in``. Needs config.active_groups."""
         tables = (self.neuron_signatures, self.threshold, self.group_signatures, self.group_threshold)
         strength = self.connection_strength
-        assert isinstance(strength, BlockSparse), "SproutConfig refuses groups without blocks"
+        assert isinstance(strength, (BlockSparse, ShardedBlocks)), "SproutConfig refuses groups without blocks"
         return page_in(z, self.group_score(z), tables, strength, self.config)
 
     @torch.no_grad()
@@ -106,6 +107,7 @@ class GlobalNeuronPool(nn.Module):
         Args: silent (N,) bool, as ``silent_neurons`` gives it; rate > 0 and finite, the unit of a score per call.
         Raises: ValueError. Gradients: none. Determinism: exact. Source: Turrigiano 2008.
         """
+        refuse_shards(self, "waken")
         if silent.dtype != torch.bool or silent.shape != self.threshold.shape:
             n = len(self.threshold)
             raise ValueError(f"silent must be (N,) = ({n},) bool, got {silent.dtype} of shape {tuple(silent.shape)}")
@@ -132,6 +134,6 @@ class GlobalNeuronPool(nn.Module):
         return [Wiring(tables[i], strengths[2 * i], strengths[2 * i + 1], True) for i in range(n_steps)]
 
     def extra_repr(self) -> str:
-        n, d = self.neuron_signatures.shape
+        n, d = self.config.n_neurons, self.config.d_state
         groups = f", active_groups={self.config.active_groups}" if self.config.active_groups else ""
         return f"n_neurons={n}, d_state={d}, connection={type(self.connection_strength).__name__}{groups}"

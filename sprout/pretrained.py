@@ -18,6 +18,7 @@ from bio_kernels import BlockSparse
 from torch import Tensor, nn
 
 from .config import SproutConfig
+from .sharded_pool import refuse_shards
 
 FORMAT = 1
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -84,8 +85,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
 def save_model(model: nn.Module, kind: str, folder: str | Path, tokenizer: str | None = None) -> None:
     """Writes config.json, model.safetensors and, if given, tokenizer.json; each whole at any moment.
 
-    Raises: ImportError without safetensors; DiskError, naming the file.
+    Raises: ImportError without safetensors; DiskError, naming the file; ValueError if model is spread over processes.
     """
+    refuse_shards(model, "saving")
     from .checkpoint import to_bytes
     from .disk import explained, replace_file
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .config import SproutConfig
 from .pool import GROUP_SHARE
+from .sharded_pool import refuse_shards
 
 if TYPE_CHECKING:
     from .model import BrainLikeSprout
@@ -79,6 +80,7 @@ def grow(
     Determinism: the outputs are bitwise the same wherever a score has the same bits in a larger product, as in the
         tests of the reference; else to rounding.
     """
+    refuse_shards(model, "grow")
     strength, config = model.pool.connection_strength, model.config
     step = strength.block_size if isinstance(strength, BlockSparse) else 1
     if type(n) is not int or n < 1 or n % step:
@@ -174,6 +176,7 @@ def prune(model: BrainLikeSprout, neurons: Tensor, *, optimizers: Sequence[Optim
     Raises: ValueError, TypeError, naming the argument, or the field of SproutConfig that forbids so few neurons.
     Gradients: those of the resized parameters are dropped. Determinism: exact.
     """
+    refuse_shards(model, "prune")
     strength, config = model.pool.connection_strength, model.config
     keep = ~_as_mask(neurons, config.n_neurons, model.pool.threshold.device)
     kept = keep.nonzero().squeeze(1)

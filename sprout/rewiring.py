@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .distributed import Group, join_patterns, joint_group
 from .pattern import ActivationPattern
+from .sharded_pool import refuse_shards
 
 if TYPE_CHECKING:
     from .model import BrainLikeSprout
@@ -35,6 +36,7 @@ def rewire(
     Returns: what became of the blocks. Raises: ValueError for a dense pool, no pattern, a pattern of another pool or an
         optimizer that ``rewire_optimizer_`` refuses; nothing was changed then. Gradients: none. Determinism: bitwise.
     """
+    refuse_shards(model, "rewire")
     strength = model.pool.connection_strength
     if not isinstance(strength, BlockSparse):
         raise ValueError("connection must be 'block_sparse' to be rewired, got 'dense': all blocks are stored")

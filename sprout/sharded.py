@@ -22,7 +22,7 @@ class ShardedTable(nn.Module):
 
     local: the parameter (rows here, *shape), zero at the start. Its gradient is a coalesced torch.sparse_coo tensor of
         the rows that any process asked for, so that torch.optim.SparseAdam and SGD touch only these. It is the gradient
-        of the sum of all processes' losses: divide a mean over processes, as DistributedDataParallel's is, yourself.
+        of the sum of all processes' losses, or of their mean, see ``rows``.
     first: number of the first row here.
     Each process needs the memory of its own rows alone. Ranges are those of torch.chunk and of DTensor's Shard(0).
     state_dict holds ``local``: it fits as many processes; for another number see ``dtensor``, ``full``, ``load_full_``.
@@ -51,12 +51,14 @@ class ShardedTable(nn.Module):
         self.first = self.bounds[rank]
         self.local = nn.Parameter(torch.zeros(self.bounds[rank + 1] - self.first, *shape, device=device, dtype=dtype))
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Tensor, *, mean: bool = False, also: Tensor | None = None) -> Tensor:
         """The rows that this process asks for, wherever they are: table[index].
 
         Every process of the group calls it, with rows of its own choice, which may be none; and every process must call
         backward on something computed from the result (its sum, say, if it has no rows), or the others wait.
-        Args: index, (R,) int64, strictly ascending, in 0..n_rows-1, on local's device.
+        Args: index, (R,) int64, strictly ascending, in 0..n_rows-1, on local's device; mean, whether gradients are of
+            the mean of all processes' losses, as DistributedDataParallel's are, or of their sum; also, (A,) int64 rows
+            of local without repeats that the gradient here holds as well, zeros if nobody asked for them.
         Returns: (R, *shape) in local's dtype.
         Raises: ValueError, on all processes at once, for an index that is none of this.
         Cost: one exchange of W numbers, which the host waits for; R indices out, R rows back; R gradients out.
@@ -64,7 +66,7 @@ class ShardedTable(nn.Module):
         Determinism: bitwise, the sum is in order of rank.
         """
         asked, out, back = self._ask(index)
-        return _Rows.apply(self.local, asked, out, back, self.group)
+        return _Rows.apply(self.local, asked, out, back, self.group, self.processes if mean else 1, also)
 
     def _ask(self, index: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """(local numbers of the rows others ask for, how many go to each process, how many come from each)."""
@@ -129,31 +131,37 @@ class ShardedTable(nn.Module):
 
 
 class _Rows(torch.autograd.Function):
-    """local (n, ...), asked (A,) -> the rows of all owners; ``told`` go to each process, ``wanted`` come from each."""
+    """local (n, ...), asked (A,) -> the rows of all owners; ``told`` go to each process, ``wanted`` come from each.
+
+    The gradient of local is divided by ``parts`` and holds the rows ``also`` as well.
+    """
 
     @staticmethod
-    def forward(local: Tensor, asked: Tensor, told: list[int], wanted: list[int], group: Any) -> Tensor:
+    def forward(
+        local: Tensor, asked: Tensor, told: list[int], wanted: list[int], group: Any, parts: int, also: Tensor | None
+    ) -> Tensor:
         return _exchange(local[asked], wanted, told, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        local, asked, ctx.told, ctx.wanted, ctx.group = inputs
-        ctx.save_for_backward(asked)
+        local, asked, ctx.told, ctx.wanted, ctx.group, ctx.parts, also = inputs
+        ctx.save_for_backward(asked if also is None else torch.cat([asked, also]))
         ctx.shape = local.shape
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (asked,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        (held,) = ctx.saved_tensors
         arrived = _exchange(grads[0], ctx.told, ctx.wanted, ctx.group)
-        touched, where = asked.unique(return_inverse=True)
+        touched, where = held.unique(return_inverse=True)
         wide = torch.float64 if arrived.dtype == torch.float64 else torch.float32
         total = arrived.new_zeros(len(touched), *arrived.shape[1:], dtype=wide)
-        for part, at in zip(arrived.split(ctx.told), where.split(ctx.told), strict=True):
+        for part, at in zip(arrived.split(ctx.told), where[: len(arrived)].split(ctx.told), strict=True):
             total[at] += part  # one process asks for a row once
-        values = total.to(arrived.dtype)
-        grad = torch.sparse_coo_tensor(touched[None], values, ctx.shape, is_coalesced=True, check_invariants=False)
-        return grad, None, None, None, None
+        values = total.div_(ctx.parts).to(arrived.dtype)
+        # Held here so that it stays known as coalesced, see sprout.paging.
+        ctx.out = torch.sparse_coo_tensor(touched[None], values, ctx.shape, is_coalesced=True, check_invariants=False)
+        return ctx.out, None, None, None, None, None, None
 
 
 class _Shared(torch.autograd.Function):

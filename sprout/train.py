@@ -149,12 +149,28 @@ def check_libraries(config: TrainConfig) -> None:
 
 def check_options(options: dict[str, Any], given: dict[str, Any]) -> None:
     """What can be checked before a text is read. Raises: OptionError, ImportError. Warns of what has no effect."""
-    config, _ = parts(options, vocab_size=1)
+    config, sizes = parts(options, vocab_size=1)
     check_libraries(config)
     check_device(config)
+    if options["model"] == "sprout" and sizes.active_groups and processes() > 1:
+        check_sharded(config)
     if options["model"] != "sprout":
         for name in sorted(set(given) & set(model_names()) - set(OF_CONTROLS)):
             log.warning("--%s has no effect on --model %s", name, options["model"])
+
+
+def check_sharded(config: TrainConfig) -> None:
+    """Raises OptionError for what a pool that is spread over processes cannot do."""
+    if config.rewire_every:
+        raise OptionError(
+            f"--rewire_every {config.rewire_every} with --active_groups needs one process: with more of them each "
+            "holds a part of the blocks; leave it out"
+        )
+    if config.mixed_precision == "fp16":
+        raise OptionError(
+            "--mixed_precision fp16 with --active_groups needs one process: a process would leave out a step that "
+            "overflowed in its own rows while others take it; use bf16 or no"
+        )
 
 
 def processes() -> int:
@@ -218,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(plan.config.threads)
     try:
         return fit(plan, request, out, resume=bool(arguments.resume), force=arguments.force)
-    except (LockError, NotImplementedError) as error:
+    except LockError as error:
         return _fail(error, 2)
     except (RunError, CheckpointError, DiskError) as error:
         return _fail(error, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from contextlib import ExitStack
 from itertools import islice, takewhile
@@ -20,6 +21,8 @@ from .disk import replace_file
 from .pretrained import TOKENIZER
 from .runs import Interrupt, Reporter, RunError, RunFolder, environment
 from .sampling import generate
+from .sharded_pool import sharded_tables
+from .sharded_state import gathered
 from .train_metrics import pattern_figures
 from .trainer import Plan, Trainer
 
@@ -58,10 +61,6 @@ def fit(plan: Plan, request: dict[str, Any], out: Path, *, resume: bool, force: 
     Raises: RunError, LockError, CheckpointError, DiskError.
     """
     accelerator = make_accelerator(plan)
-    if plan.config.model == "sprout" and plan.sizes.active_groups and accelerator.num_processes > 1:
-        raise NotImplementedError(
-            "--active_groups with more than one process is not supported: its gradients are sparse; use one process"
-        )
     with Interrupt() as stop, ExitStack() as stack:
         stack.callback(accelerator.end_training)  # ends the group of processes, where there is one
         folder = None
@@ -231,12 +230,13 @@ class Loop:
         self._tick()
 
     def _finish(self, figures: dict[str, Any]) -> None:
+        trainer = self.trainer
+        model = gathered(trainer.model.eval())
         if self.folder is None:
             return
-        trainer, path = self.trainer, self.folder.path
-        trainer.model.eval()
-        hub.save(trainer.model, path / "model", self.plan.tokenizer)
-        n, free = parameters(trainer.model)
+        path = self.folder.path
+        hub.save(model, path / "model", self.plan.tokenizer)
+        n, free = parameters(model)
         summary = {
             "model": self.config.model,
             "steps": trainer.step,
@@ -247,33 +247,36 @@ class Loop:
             "best_val_loss": trainer.best,
             "val": figures,
         }
-        replace_file(path / "samples.txt", self._sample())
+        replace_file(path / "samples.txt", self._sample(model))
         replace_file(path / "final.json", json.dumps(summary, indent=1))
         log.info("%s: loss %.4f nats, %.4f bits per character", path, figures["loss"], figures["bits_per_character"])
         if self.config.analyze_activation:
-            self._analyze(path)
+            self._analyze(model, path)
 
-    def _sample(self) -> str:
+    def _sample(self, model: Any) -> str:
         tokenizer, prompt = self.plan.tokenizer, self.plan.validation_text[:SAMPLE_PROMPT]
-        tokens = tokenizer.encode(prompt).unsqueeze(0).to(self.accelerator.device)
-        model: Any = self.trainer.model
+        tokens = tokenizer.encode(prompt).unsqueeze(0).to(next(model.parameters()).device)
         drawn = generate(model, tokens, SAMPLE_TOKENS, temperature=0.8, seed=self.config.seed)
         return f"# prompt\n{prompt}\n# prompt and what follows (temperature 0.8)\n{tokenizer.decode(drawn[0].cpu())}\n"
 
-    def _analyze(self, path: Path) -> None:
+    def _analyze(self, model: Any, path: Path) -> None:
         if self.config.model != "sprout":
             log.warning("--analyze_activation looks at a pool, and --model %s has none", self.config.model)
             return
         from .analysis.report import write_report
 
         text = self.plan.validation_text[:ANALYSED]
-        page = write_report(self.trainer.model, self.plan.tokenizer, text, path / "analysis")
+        page = write_report(model, self.plan.tokenizer, text, path / "analysis")
         log.info("analysis: %s", page)
 
 
 def parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(all, those outside the token and position embeddings)."""
+    """(all, those outside the token and position embeddings), of a pool that is spread over processes on all."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes |= {
+        f"{name}.local": table.n_rows * math.prod(table.local.shape[1:])
+        for name, table in sharded_tables(model).items()
+    }
     embeddings = sum(n for name, n in sizes.items() if {"embedding", "position"} & set(name.split(".")))
     return sum(sizes.values()), sum(sizes.values()) - embeddings
 

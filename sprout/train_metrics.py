@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .model import BrainLikeSprout
 from .objective import Objective, next_token
 from .pattern import ActivationPattern, gate_change, jaccard
+from .sharded_pool import absent
 
 
 class Learner(nn.Module):
@@ -22,6 +23,8 @@ class Learner(nn.Module):
     def __init__(self, model: nn.Module, balance: float = 0.0, settling: float = 0.0) -> None:
         super().__init__()
         self.model, self.balance, self.settling = model, balance, settling
+        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())  # of a pool that is spread over processes
+        self._ddp_params_and_buffers_to_ignore: Any = [f"model.{name}" for name in ignored]
 
     def forward(self, tokens: Tensor) -> Objective:
         """As ``next_token``; of a model without a pool only the language term, and no history."""
@@ -127,17 +130,20 @@ def evaluate(learner: Learner, batches: Iterator[Tensor], first: int, accelerato
     """Mean nats per token of the batches and, of a pool, what its patterns did; in eval mode, the mode is restored.
 
     "score" is the loss of the first batches alone, to compare evaluations of different length. With several processes
-    each takes every n-th batch and all get the figures of all.
+    each takes every n-th batch and all get the figures of all. As many forwards on each, as a spread pool needs.
     """
     config: Any = learner.model.config
     found = Evaluation.empty(config.n_neurons, accelerator.device)
     was_training = learner.training
     learner.eval()
+    number = -1
     for number, tokens in enumerate(batches):
         if number % accelerator.num_processes == accelerator.process_index:
             with accelerator.autocast():
                 result = learner(tokens.to(accelerator.device))
             found.add(result, tokens.shape[0] * (tokens.shape[1] - 1), number < first)
+    if accelerator.process_index > number % accelerator.num_processes:  # the others had one more
+        absent(learner.model)
     learner.train(was_training)
     if accelerator.num_processes > 1:
         found.sums = accelerator.reduce(found.sums, "sum")

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from . import hub
 from .config import SproutConfig
-from .pretrained import CONFIG, TOKENIZER, config_text, load_weights
+from .pretrained import CONFIG, TOKENIZER, config_text
 from .runs import Checkpoint, RunError, random_state, seed_everything, set_random_state
+from .sharded_pool import shard_, sharded_tables
+from .sharded_state import load_weights, own_optimizer_state, whole_optimizer_state, whole_weights
 from .sparse_gradients import clip_grad_norm_, sparse_tables
 from .text import Tokenizer
 from .train_config import TrainConfig
@@ -87,6 +89,8 @@ class Trainer:
         model: Any = hub.make_model(plan.config.model, plan.sizes)
         if plan.config.freeze_strength and plan.config.model == "sprout":
             model.pool.connection_strength.requires_grad_(False)
+        if sparse_tables(model) and accelerator.num_processes > 1:
+            shard_(model)
         self.model = model
         learner = Learner(model, plan.config.balance, plan.config.settling)
         prepared = accelerator.prepare(learner, *make_optimizers(model, plan.config))
@@ -129,7 +133,7 @@ class Trainer:
         if not sparse_tables(self.model):
             return self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
         self.accelerator.unscale_gradients()
-        return clip_grad_norm_(self.learner.parameters(), limit)
+        return clip_grad_norm_(self.learner.parameters(), limit, tables=list(sharded_tables(self.model).values()))
 
     def _batch(self) -> Tensor:
         """This process's windows; every process draws the same numbers and takes its share."""
@@ -149,10 +153,13 @@ class Trainer:
         return figures | per_text(figures["loss"], len(self.plan.validation), self.plan.validation_text)
 
     def checkpoint(self, score: float | None) -> Checkpoint:
-        """What ``restore`` continues from, with config and tokenizer; call it on every process. Raises: RunError."""
+        """What ``restore`` continues from, with config and tokenizer; call it on every process. Raises: RunError.
+
+        Whole on the main process alone, where the pool is spread over processes.
+        """
         self.check_finite()
         texts = {CONFIG: config_text(self.config.model, self.plan.sizes), TOKENIZER: self.plan.tokenizer.to_json()}
-        return Checkpoint(self.step, self.model.state_dict(), self.state(), score, texts)
+        return Checkpoint(self.step, whole_weights(self.model), self.state(), score, texts)
 
     def mean_loss(self) -> float:
         """Mean training loss in nats per token since the last call, over all processes. Raises: RunError.
@@ -167,12 +174,13 @@ class Trainer:
         return loss
 
     def check_finite(self, but: Set[str] = frozenset()) -> None:
-        """Raises RunError if a loss or a weight, but those of these names, is not a finite number.
+        """Raises RunError, on all processes, if a loss or a weight, but those of these names, is not a finite number.
 
         Such a step is not worth saving.
         """
         weights = all(bool(p.isfinite().all()) for name, p in self.model.named_parameters() if name not in but)
-        if not weights or not math.isfinite(float(self.loss_sum)):
+        fine = torch.tensor(weights and math.isfinite(float(self.loss_sum)), device=self.accelerator.device)
+        if not torch.as_tensor(self.accelerator.gather(fine.unsqueeze(0))).all():
             raise RunError(f"the loss or a weight is not finite at step {self.step}; lower --lr or set --grad_clip")
 
     def state(self) -> dict[str, Any]:
@@ -181,7 +189,7 @@ class Trainer:
         loss: Any = self.accelerator.reduce(self.loss_sum, "mean") if several else self.loss_sum
         scaler = self.accelerator.scaler
         return {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [whole_optimizer_state(optimizer, self.model) for optimizer in self.optimizers],
             "sampler": self.sampler.get_state(),
             "random": gather_object(own) if several else own,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -206,7 +214,7 @@ class Trainer:
                 )
         load_weights(self.model, found.weights, str(found.path))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(own_optimizer_state(optimizer, self.model, saved))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.sampler.set_state(state["sampler"])

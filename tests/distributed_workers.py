@@ -32,8 +32,7 @@ ROWS, WIDTH = 11, 3  # of a sharded table: 6 and 5, or 3, 3, 3 and 2 rows
 
 def run(scenarios, world, folder: Path, *arguments):
     """What each scenario gave on each process: {name: [of rank 0, of rank 1, ...]}. Ends them all after TIMEOUT."""
-    names = [scenario.__name__ for scenario in scenarios]
-    context = mp.spawn(work, (world, str(folder), names, arguments), nprocs=world, join=False)
+    context = mp.spawn(work, (world, str(folder), scenarios, arguments), nprocs=world, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=1):
@@ -43,14 +42,14 @@ def run(scenarios, world, folder: Path, *arguments):
         for process in context.processes:
             process.kill()
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    return {name: [own[name] for own in found] for name in names}
+    return {name: [own[name] for own in found] for name in found[0]}
 
 
-def work(rank, world, folder, names, arguments):
+def work(rank, world, folder, scenarios, arguments):
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    torch.save({name: globals()[name](rank, world, *arguments) for name in names}, Path(folder) / f"{rank}.pt")
+    torch.save({scenario.__name__: scenario(rank, world, *arguments) for scenario in scenarios}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
