@@ -13,7 +13,6 @@ import torch
 
 from sprout import checkpoint as ck
 from sprout.runs import checkpoints
-from tests.test_train import GROUPS
 from tests.test_train_resume import same
 from tests.training import TINY, final, metrics, sample_text
 
@@ -113,11 +112,3 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_bitwise(tmp_path):
     assert "not bitwise" not in told
     finishes(2, *options, "--out", str(tmp_path / "whole"))
     same(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_pool_in_groups_is_refused(tmp_path):
-    """DistributedDataParallel sums no sparse gradients of a module of our own."""
-    source = sample_text(tmp_path / "text.txt")
-    code, told = trains(2, *TINY, *GROUPS, "--data", source, "--out", str(tmp_path / "run"))
-    assert code != 0
-    assert "--active_groups with more than one process is not supported: its gradients are sparse" in told
