@@ -1,12 +1,12 @@
 """What a pool that is spread over processes has learnt, as that of one process: weights, optimizer states, a model.
 
-All of it is gathered on the first process of the group, in its main memory; every process calls each function, and
-those named ``whole_*`` and ``gathered`` give the others nothing to keep. Of models that are not spread it is their own.
+It is gathered on the first process of the group, in its main memory, and dealt out from there; every process calls each
+function. Of models that are not spread it is their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,23 +25,41 @@ def collected(table: ShardedTable, rows: Tensor) -> Tensor | None:
     if table.group is None:
         return rows.detach().cpu()
     if dist.get_rank(table.group):
-        for part in rows.detach().split(ROWS_AT_ONCE) if len(rows) else ():
+        for part in _pieces(rows.detach()):
             dist.send(part.contiguous(), group=table.group, group_dst=0)
         return None
     whole = torch.empty(table.n_rows, *rows.shape[1:], dtype=rows.dtype)
     whole[: len(rows)] = rows.detach()
     for rank in range(1, table.processes):
-        theirs = whole[table.bounds[rank] : table.bounds[rank + 1]]
-        for part in theirs.split(ROWS_AT_ONCE) if len(theirs) else ():
+        for part in _pieces(whole[table.bounds[rank] : table.bounds[rank + 1]]):
             arrived = torch.empty_like(part, device=rows.device)
             dist.recv(arrived, group=table.group, group_src=rank)
             part.copy_(arrived)
     return whole
 
 
-def cut(table: ShardedTable, whole: Tensor) -> Tensor:
-    """A copy of this process's rows; whole as it is where it has more or fewer rows, for others to refuse."""
-    return whole[table.first : table.first + len(table.local)].clone() if len(whole) == table.n_rows else whole
+def dealt(table: ShardedTable, whole: Tensor) -> Tensor:
+    """This process's rows, on table's device, of a tensor that the first process has; the inverse of ``collected``.
+
+    Args: whole (n_rows, ...), of which the other processes need shape and dtype only, see ``outline``.
+    Returns: whole as it is where it has more or fewer rows, for others to refuse.
+    """
+    if len(whole) != table.n_rows:
+        return whole
+    own = torch.empty(len(table.local), *whole.shape[1:], dtype=whole.dtype, device=table.local.device)
+    if table.group is None or dist.get_rank(table.group) == 0:
+        own.copy_(whole[: len(own)])
+        for rank in range(1, table.processes):
+            for part in _pieces(whole[table.bounds[rank] : table.bounds[rank + 1]]):
+                dist.send(part.to(own.device).contiguous(), group=table.group, group_dst=rank)
+        return own
+    for part in _pieces(own):
+        dist.recv(part, group=table.group, group_src=0)
+    return own
+
+
+def _pieces(rows: Tensor) -> Sequence[Tensor]:
+    return rows.split(ROWS_AT_ONCE) if len(rows) else ()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -60,12 +78,21 @@ def _is_first(spread: Mapping[str, ShardedTable]) -> bool:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Any) -> None:
-    """Copies whole weights into model, on each process its rows; errors as of ``pretrained.load_weights``."""
+    """Copies the first process's whole weights into model, each its rows; errors as of ``pretrained.load_weights``.
+
+    Args: weights, of which the others need an ``outline``.
+    """
     ours = dict(weights)
     for name, table in sharded_tables(model).items():
         if name in ours:
-            ours[f"{name}.local"] = cut(table, ours.pop(name))
+            ours[f"{name}.local"] = dealt(table, ours.pop(name))
     pretrained.load_weights(model, ours, source)
+
+
+def outline(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole weights with nothing but shape and dtype of the tables of model, to be sent to other processes."""
+    spread = sharded_tables(model)
+    return {name: tensor.to("meta") if name in spread else tensor for name, tensor in weights.items()}
 
 
 def whole_optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
@@ -73,22 +100,32 @@ def whole_optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
 
     Args: optimizer, made after the model was spread.
     """
-    found = optimizer.state_dict()
-    for number, table in _numbered(optimizer, model):
-        if number in found["state"]:
-            own = found["state"][number]
-            found["state"][number] = {name: collected(table, x) if _has_rows(x) else x for name, x in own.items()}
-    return found
+    return _with_rows(optimizer, model, optimizer.state_dict(), collected)
 
 
 def own_optimizer_state(optimizer: Any, model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a ``whole_optimizer_state`` what this process's optimizer loads."""
-    numbers = dict(_numbered(optimizer, model))
-    own = {
-        number: {name: cut(numbers[number], x) if number in numbers and _has_rows(x) else x for name, x in of.items()}
-        for number, of in state["state"].items()
-    }
-    return {**state, "state": own}
+    """Of the first process's ``whole_optimizer_state`` what this process's optimizer loads.
+
+    Args: state, of which the others need an ``optimizer_outline``.
+    """
+    return _with_rows(optimizer, model, state, dealt)
+
+
+def optimizer_outline(optimizer: Any, model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``whole_optimizer_state`` with nothing but shape and dtype of what has rows, to be sent to other processes."""
+    return _with_rows(optimizer, model, state, lambda _, x: x.to("meta"))
+
+
+def _with_rows(
+    optimizer: Any, model: nn.Module, state: Mapping[str, Any], change: Callable[[ShardedTable, Tensor], Any]
+) -> dict[str, Any]:
+    """A copy of an optimizer's state_dict with all that has a row for each row of a table changed."""
+    found = dict(state["state"])
+    for number, table in _numbered(optimizer, model):
+        if number in found:
+            own = found[number].items()
+            found[number] = {name: change(table, x) if isinstance(x, Tensor) and x.dim() else x for name, x in own}
+    return {**state, "state": found}
 
 
 def _numbered(optimizer: Any, model: nn.Module) -> Iterator[tuple[int, ShardedTable]]:
@@ -96,10 +133,6 @@ def _numbered(optimizer: Any, model: nn.Module) -> Iterator[tuple[int, ShardedTa
     held = {id(table.local): table for table in sharded_tables(model).values()}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return ((number, held[id(p)]) for number, p in enumerate(parameters) if id(p) in held)
-
-
-def _has_rows(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
 
 
 def gathered(model: Any) -> Any:

@@ -117,17 +117,19 @@ class Loop:
                 self.reporter.close()
 
     def _restore(self) -> None:
-        found: list[Any] = [None]
+        found = None
         if self.folder is not None:
-            found = [self.folder.rewind()]
+            found = self.folder.rewind()
             (self.folder.path / "final.json").unlink(missing_ok=True)
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        if found[0] is None:
+            told: list[Any] = [found and self.trainer.outline(found)]
+            broadcast_object_list(told)
+            found = found or told[0]
+        if found is None:
             log.warning("no checkpoint yet: starting from step 0")
         else:
-            self.trainer.restore(found[0])
-            log.info("resumed at step %d", found[0].step)
+            self.trainer.restore(found)
+            log.info("resumed at step %d", found.step)
 
     def _log_start(self) -> None:
         if self.folder is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from .config import SproutConfig
 from .pretrained import CONFIG, TOKENIZER, config_text
 from .runs import Checkpoint, RunError, random_state, seed_everything, set_random_state
 from .sharded_pool import shard_, sharded_tables
-from .sharded_state import load_weights, own_optimizer_state, whole_optimizer_state, whole_weights
+from .sharded_state import (
+    load_weights,
+    optimizer_outline,
+    outline,
+    own_optimizer_state,
+    whole_optimizer_state,
+    whole_weights,
+)
 from .sparse_gradients import clip_grad_norm_, sparse_tables
 from .text import Tokenizer
 from .train_config import TrainConfig
@@ -200,8 +207,15 @@ class Trainer:
             "torch": torch.__version__,
         }
 
+    def outline(self, found: Checkpoint) -> Checkpoint:
+        """What the other processes need of the main one's checkpoint for ``restore``: tables without their numbers."""
+        states = zip(self.optimizers, found.state["optimizers"], strict=True)
+        optimizers = [optimizer_outline(optimizer, self.model, state) for optimizer, state in states]
+        weights = outline(self.model, found.weights)
+        return replace(found, weights=weights, state={**found.state, "optimizers": optimizers})
+
     def restore(self, found: Checkpoint) -> None:
-        """Continues where a checkpoint was made, bitwise if by as many processes.
+        """Continues where a checkpoint was made, bitwise if by as many processes; every process calls it.
 
         With another number of them each takes the random state of its rank, and one that had none is seeded from seed,
         rank and step. Windows are drawn as before; sums over processes and dropout differ.

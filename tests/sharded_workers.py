@@ -17,6 +17,8 @@ from sprout.sharded_pool import absent, shard_, sharded_tables
 from sprout.sharded_state import (
     gathered,
     load_weights,
+    optimizer_outline,
+    outline,
     own_optimizer_state,
     whole_optimizer_state,
     whole_weights,
@@ -113,11 +115,9 @@ def held(rank, world):
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
     told, weights, states = learnt(rank, world, "together", "adam", model)
     own = {name: table.local.numel() for name, table in sharded_tables(model).items()}
-    found = [(weights, states)]
-    dist.broadcast_object_list(found)
     optimize = optimizers(model, "adam")
-    restore(model, optimize, found[0])
-    del told, weights, states, found
+    restore(model, optimize, (weights, states))
+    del told, weights, states
     gc.collect()
     whole = {sizes[name] for name in own} - {sizes["pool.threshold"]}  # which is that of the groups' signatures
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
@@ -198,18 +198,23 @@ def goes_on(rank, world):
     """What eight steps learn, the first four by these processes and by one, handed on as a checkpoint does."""
     model = grouped()
     _, weights, states = learnt(rank, world, "together", "adam", model)
-    found = [(weights, states)]
-    dist.broadcast_object_list(found)
-    results = [continued(rank, world, grouped(), found[0])]
+    results = [continued(rank, world, grouped(), (weights, states))]
     _, weights, states = learnt_alone(world, "together", "adam")
     results.append(continued(rank, world, grouped(), (weights, states)))
     return results
 
 
 def restore(model, optimize, saved):
-    """Loads weights and states of whole tables."""
-    load_weights(model, saved[0], "a checkpoint")
-    for optimizer, state in zip(optimize, saved[1], strict=True):
+    """Loads the first process's weights and states of whole tables."""
+    weights, states = saved
+    told = [None]
+    if dist.get_rank() == 0:
+        parts = zip(optimize, states, strict=True)
+        told = [(outline(model, weights), [optimizer_outline(x, model, state) for x, state in parts])]
+    dist.broadcast_object_list(told)
+    weights, states = saved if dist.get_rank() == 0 else told[0]
+    load_weights(model, weights, "a checkpoint")
+    for optimizer, state in zip(optimize, states, strict=True):
         optimizer.load_state_dict(own_optimizer_state(optimizer, model, state))
 
 
