@@ -5,10 +5,11 @@ The processes run the functions of tests/sharded_workers.py; here what they comp
 
 from __future__ import annotations
 
+import bio_kernels
 import pytest
 import torch
 
-from sprout.sharded_pool import absent, shard_, sharded_tables
+from sprout.sharded_pool import ShardedBlocks, absent, shard_, sharded_tables
 from sprout.sharded_state import gathered
 from sprout.train_metrics import Learner
 from tests import distributed_workers
@@ -107,6 +108,30 @@ def test_plasticity_is_to_the_bit_that_of_one_process(found):
         assert torch.equal(blocks, model.pool.connection_strength.blocks)
         assert (blocks != before).any(2).any(1).float().mean() > 0.7
         assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "dense", "triton"])
+def test_every_backend_updates_a_range_of_blocks(backend, dtype):
+    whole = workers.grouped(dtype).pool.connection_strength
+    before = whole.blocks.detach().clone()
+    (pattern,) = some_history(2, seed=0, steps=1, n=workers.N)
+    gate = pattern.gate.to(dtype)
+
+    def update(matrix):
+        how = dict(eta=0.4, decay=1.0, bound=0.5, count=pattern.count, backend=backend)
+        bio_kernels.update_strength_(matrix, pattern.idx, gate, gate, **how)
+
+    parts = []
+    for first, end in ((0, 5), (5, 5), (5, 38), (38, 39)):
+        matrix = ShardedBlocks(whole, "local", "local")
+        matrix.blocks.first, matrix.blocks.local = first, torch.nn.Parameter(before[first:end].clone())
+        update(matrix.own())
+        parts.append(matrix.blocks.local.detach())
+    update(whole)
+    assert torch.equal(torch.cat(parts), whole.blocks)
+    assert not torch.equal(whole.blocks[:5], before[:5])
+    assert not torch.equal(whole.blocks[5:38], before[5:38])
 
 
 def test_answers_are_those_of_the_whole_model(found):
