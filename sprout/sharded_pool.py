@@ -133,8 +133,10 @@ def shard_(model: BrainLikeSprout, process_group: Group = None) -> None:
     assert isinstance(matrix, BlockSparse), "SproutConfig refuses groups without blocks"
     for owner, name in ((pool, "neuron_signatures"), (pool, "threshold"), (model.decoder, "readout")):
         _replace(owner, name, spread(getattr(owner, name), own))
-    _replace(pool, "connection_strength", ShardedBlocks(matrix, own, group))  # last: the order optimizers count in
+    strength = ShardedBlocks(matrix, own, group)
+    _replace(pool, "connection_strength", strength)  # last: the order that optimizers count in
     names: Any = [f"{name}.local" for name in sharded_tables(model)]
+    names += [f"pool.connection_strength.{name}" for name, _ in strength.named_buffers()]
     model._ddp_params_and_buffers_to_ignore = names  # where DistributedDataParallel looks
 
 
@@ -178,18 +180,19 @@ def absent(model: Any) -> Tensor:
     """
     total = torch.zeros((), device=next(model.parameters()).device)
     nothing = torch.empty(0, dtype=torch.int64, device=total.device)
-    spread_out = sharded_tables(model)
-    if spread_out:  # in the order of page_in and OutputDecoder
-        pool, strength = model.pool, model.pool.connection_strength
-        for table in (pool.neuron_signatures, pool.threshold):
+    tables = sharded_tables(model)
+    interacts = not tables or model.config.n_interaction_steps > 0  # else neither its weights nor synapses are used
+    if tables:  # in the order of page_in and OutputDecoder
+        for table in (model.pool.neuron_signatures, model.pool.threshold):
             total = total + table.rows(nothing, mean=True).sum()
-        blocks = strength.part(nothing, nothing)
-        if model.config.n_interaction_steps:  # else no synapse is used, and nobody has a gradient
+        blocks = model.pool.connection_strength.part(nothing, nothing)
+        if interacts:
             total = total + blocks.sum()
         total = total + model.decoder.readout.rows(nothing, mean=True).sum()
     if torch.is_grad_enabled():
-        local = {id(table.local) for table in spread_out.values()}
+        apart = {id(table.local) for table in tables.values()}
+        apart |= set() if interacts else {id(p) for p in model.interaction.parameters()}
         for parameter in model.parameters():
-            if parameter.requires_grad and id(parameter) not in local:
+            if parameter.requires_grad and id(parameter) not in apart:
                 total = total + 0 * parameter.sum()
     return total

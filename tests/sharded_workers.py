@@ -78,9 +78,9 @@ def steps(model, learner, optimize, part, first=0, n=STEPS, tables=(), hebb=None
     return told
 
 
-def learnt_alone(world, kind, optimizer, **how):
+def learnt_alone(world, kind, optimizer, model=None, **how):
     """(losses and norms, weights, states) of one process with the samples of all."""
-    model = grouped()
+    model = grouped() if model is None else model
     optimize = optimizers(model, optimizer)
 
     def part(step):
@@ -95,7 +95,8 @@ def learnt(rank, world, kind, optimizer, model=None, **how):
     model = grouped() if model is None else model
     shard_(model)
     optimize = optimizers(model, optimizer)
-    learner = DistributedDataParallel(Turn(model, settling=0.1), broadcast_buffers=False)
+    unused = not model.config.n_interaction_steps
+    learner = DistributedDataParallel(Turn(model, settling=0.1), find_unused_parameters=unused)
 
     def part(step):
         own = batches(step, kind, world)
@@ -132,6 +133,11 @@ def together(rank, world):
 def one_without_samples(rank, world):
     """The second process has none; weights only of the first."""
     return learnt(rank, world, "absent", "adam")
+
+
+def without_interaction(rank, world):
+    """No synapse is used, and nobody sends a gradient of one."""
+    return learnt(rank, world, "absent", "adam", grouped(n_interaction_steps=0))
 
 
 def faulty(rank, world):
@@ -223,7 +229,7 @@ def continued(rank, world, model, saved):
     shard_(model)
     optimize = optimizers(model, "adam")
     restore(model, optimize, saved)
-    learner = DistributedDataParallel(Turn(model, settling=0.1), broadcast_buffers=False)
+    learner = DistributedDataParallel(Turn(model, settling=0.1))
     steps(
         model,
         learner,

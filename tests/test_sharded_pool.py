@@ -22,6 +22,7 @@ ALL = (
     workers.held,
     workers.together,
     workers.one_without_samples,
+    workers.without_interaction,
     workers.faulty,
     workers.plasticity,
     workers.forward,
@@ -83,6 +84,8 @@ def same(own, alone):
 def test_a_process_without_samples_takes_part_and_moves_nothing(found):
     world, results = found
     same(results["one_without_samples"], workers.learnt_alone(world, "absent", "adam"))
+    still = workers.grouped(n_interaction_steps=0)
+    same(results["without_interaction"], workers.learnt_alone(world, "absent", "adam", still))
 
 
 def test_wrong_gradients_are_noticed(found):
