@@ -81,6 +81,8 @@ class GlobalNeuronPool(nn.Module):
         Args: z (B, D), the dtype of the pool. Returns: (B, N), in a pool with groups those of all of them, for which
             a model never asks. Gradients: z, neuron_signatures, threshold, and those of the groups.
         """
+        if self.config.active_groups:
+            refuse_shards(self, "score")
         score = torch.addmm(self.threshold, z * z.shape[1] ** -0.5, self.neuron_signatures.t())
         if not self.config.active_groups:
             return score

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from sprout import sharded_state
 from sprout.distributed import gather
 from sprout.sharded import ShardedTable
 from sprout.sharded_pool import absent, shard_, sharded_tables
@@ -110,20 +111,27 @@ def learnt(rank, world, kind, optimizer, model=None, **how):
 def held(rank, world):
     """Elements of each table here, and the shape of every tensor whose memory is as large as that of a whole table.
 
-    After a step, and after weights and optimizer states have been loaded.
+    After steps, and after weights and optimizer states have been loaded, which cross in pieces of seven rows.
     """
+    with patch.object(sharded_state, "ROWS_AT_ONCE", 7):
+        return _held(rank, world)
+
+
+def _held(rank, world):
     model = grouped()
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
     told, weights, states = learnt(rank, world, "together", "adam", model)
     own = {name: table.local.numel() for name, table in sharded_tables(model).items()}
     optimize = optimizers(model, "adam")
     restore(model, optimize, (weights, states))
-    del told, weights, states
+    again = whole_weights(model)
+    kept = all(torch.equal(x, again[name]) for name, x in weights.items())
+    del told, weights, states, again
     gc.collect()
     whole = {sizes[name] for name in own} - {sizes["pool.threshold"]}  # which is that of the groups' signatures
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     tensors += [x for state in optimize[-1].state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-    return own, [tuple(x.shape) for x in tensors if x.untyped_storage().nbytes() in whole], len(tensors)
+    return own, [tuple(x.shape) for x in tensors if x.untyped_storage().nbytes() in whole], len(tensors), kept
 
 
 def together(rank, world):
@@ -259,6 +267,7 @@ def refused(rank, world):
         "prune": refusal(lambda: model.prune(torch.arange(16))),
         "rewire": refusal(lambda: model.rewire(history)),
         "waken": refusal(lambda: model.pool.waken(torch.ones(N, dtype=torch.bool), rate=0.1)),
+        "score": refusal(lambda: model.pool.score(torch.zeros(1, 16, dtype=torch.float64))),
         "save": refusal(lambda: model.save_pretrained("nowhere")),
         "local": refusal(lambda: model.plasticity(history, eta=0.1, process_group="local")),
         "group": refusal(lambda: model.plasticity(history, eta=0.1, process_group=other)),

@@ -178,6 +178,7 @@ def test_one_process_holds_the_whole_table():
     table.load_full_(workers.whole_table())
     index = torch.tensor([1, 4])
     table.rows(index).sum().backward()
+    assert table.local.grad.is_coalesced()
     assert torch.equal(table.local.grad.to_dense(), torch.zeros(ROWS, WIDTH).index_fill_(0, index, 1.0))
     assert torch.equal(table.full(), workers.whole_table())
     with pytest.raises(ValueError, match=r"full must have shape \(11, 3\), got \(3, 11\)"):

@@ -46,12 +46,13 @@ def furthest(ours, theirs):
 def test_a_process_holds_its_share_alone(found):
     world, results = found
     whole = dict(workers.grouped().named_parameters())
-    shares = [own for own, _, _ in results["held"]]
+    shares = [own for own, *_ in results["held"]]
     for name in TABLES:
         rows, numel = len(whole[name]), whole[name].numel()
         assert sum(own[name] for own in shares) == numel
         assert max(own[name] for own in shares) == -(-rows // world) * (numel // rows)
-    for own, copies, tensors in results["held"]:
+    for own, copies, tensors, kept in results["held"]:
+        assert kept
         assert own.keys() == TABLES
         assert copies == []
         assert tensors > 100
@@ -175,7 +176,7 @@ def test_what_a_spread_pool_refuses(found):
         )
         assert flat in told["flat"]
         assert "got one that is spread over processes already" in told["twice"]
-        for what in ("grow", "prune", "rewire", "waken", "save"):
+        for what in ("grow", "prune", "rewire", "waken", "score", "save"):
             needs = "saving" if what == "save" else what
             assert told[what].startswith(f"ValueError: {needs} needs a whole pool, and model's is spread"), what
         for what in ("local", "group"):
