@@ -150,7 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help="names of steps, all, or collect")
     parser.add_argument("--list", action="store_true", help="name the steps and end")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results of each step are kept")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after that long")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="begin no row after that long, and cut one of training runs"
+    )
     parser.add_argument("--data", type=Path, metavar="FILE", help="the text of the step language")
     parser.add_argument("--again", action="store_true", help="repeat rows that failed, broke or were left out")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the smallest shapes")

@@ -1,4 +1,4 @@
-"""Attention among a few nodes of which only the most salient send."""
+"""Attention among a few nodes of which a few send."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ POINTERS = {"forward": 1, "backward": -1, "stay": 0}  # modules that move the la
 
 
 class Phase(NamedTuple):
-    """How soft the model is. The default is how it is used; training is softer (see ``objective``).
+    """How soft the model is. The default is how it is used; most of the training is softer (see ``objective``).
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.

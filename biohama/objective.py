@@ -2,8 +2,8 @@
 
 Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in
 use, one winner, a state that changes at events, is where the soft solution goes when noise and two penalties have made
-it sure of itself; nothing hard is trained through. In the last fifth all is decided as in use, and the rest learns to
-live with it: what a gate told by being open now and then, on many tokens, it does not tell any more.
+it sure of itself. Only in the last fifth, nothing hard is trained through before, all is decided as in use, and the
+rest learns to live with it: what a gate told by being open now and then, on many tokens, it does not tell any more.
 """
 
 from __future__ import annotations

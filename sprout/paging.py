@@ -122,7 +122,8 @@ def page_in(
     Args: z (B, D); group_score (B, G); tables, the pool's neuron_signatures (N, D), threshold (N,), group_signatures
         (G, D) and group_threshold (G,); strength, (N, N). The first two and the blocks may be spread over processes.
     Gradients: z, the tables and strength.blocks; sparse for those with a row for each neuron, and for the blocks.
-    Cost: of B * active_groups groups, and of sorting their numbers. Waits for the device once: for the sizes.
+    Cost: of B * active_groups groups, and of sorting their numbers. Waits for the device once: for the sizes. Of a pool
+        that is spread over W processes also of looking through N / P groups and Z / W blocks, and more waits.
     """
     signatures, threshold, group_signatures, group_threshold = tables
     p = strength.block_size

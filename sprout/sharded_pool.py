@@ -100,7 +100,8 @@ def shard_(model: BrainLikeSprout, process_group: Group = None) -> None:
     """Leaves each process its own rows of the pool's tables, in place; ``sharded_state.gathered`` is the inverse.
 
     Args: model, with config.active_groups, the same on every process: call it before there are optimizers, as its
-        parameters are new ones, and before DistributedDataParallel, which then leaves them alone. process_group as in
+        parameters are new ones, and before DistributedDataParallel, which then leaves them alone; if it wraps a module
+        that holds the model, see ``leave_to_owners``. process_group as in
         ``BrainLikeSprout.plasticity``; with one process nothing is changed.
     Raises: ValueError, TypeError, on all processes at once: not such a model, or not the same everywhere.
     Gradients: of the tables sparse, on the process that holds the rows, of the mean of all processes' losses, as
@@ -135,9 +136,21 @@ def shard_(model: BrainLikeSprout, process_group: Group = None) -> None:
         _replace(owner, name, spread(getattr(owner, name), own))
     strength = ShardedBlocks(matrix, own, group)
     _replace(pool, "connection_strength", strength)  # last: the order that optimizers count in
-    names: Any = [f"{name}.local" for name in sharded_tables(model)]
-    names += [f"pool.connection_strength.{name}" for name, _ in strength.named_buffers()]
-    model._ddp_params_and_buffers_to_ignore = names  # where DistributedDataParallel looks
+    leave_to_owners(model)
+
+
+def leave_to_owners(module: nn.Module) -> None:
+    """Has DistributedDataParallel(module) leave spread tables alone, which it would overwrite with the first process's.
+
+    ``shard_`` does it for the model; call it for a module of your own that holds the model, if that is what is wrapped.
+    """
+    names = [f"{name}.local" for name in sharded_tables(module)]
+    for name, part in module.named_modules():
+        if isinstance(part, ShardedBlocks):
+            names += [f"{name}.{buffer}" for buffer, _ in part.named_buffers()]
+    if names:
+        ignored: Any = names
+        module._ddp_params_and_buffers_to_ignore = ignored  # where DistributedDataParallel looks
 
 
 def _replace(owner: nn.Module, name: str, new: nn.Module) -> None:

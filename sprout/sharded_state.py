@@ -7,6 +7,7 @@ function. Of models that are not spread it is their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import pretrained
+from .config import SproutConfig
 from .sharded import ShardedTable
 from .sharded_pool import sharded_tables
 
@@ -138,7 +140,8 @@ def _numbered(optimizer: Any, model: nn.Module) -> Iterator[tuple[int, ShardedTa
 def gathered(model: Any) -> Any:
     """A whole copy of model on the CPU of the first process, None on the others; model itself if it is not spread.
 
-    Every process calls it. It is for what one process does alone: saving, sampling, analysis, growing.
+    Every process calls it. It is for what one process does alone: saving, growing, and after ``use_reference_``, as no
+    kernel runs on a CPU, sampling and analysis.
     """
     spread = sharded_tables(model)
     if not spread:
@@ -150,3 +153,10 @@ def gathered(model: Any) -> Any:
         whole = type(model)(model.config)
     whole.to(next(model.parameters()).dtype).load_state_dict(weights)
     return whole.train(model.training)
+
+
+def use_reference_(model: nn.Module) -> None:
+    """Has a SPROUT compute on the plain-torch reference from now on, whatever its config or the environment chose."""
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), SproutConfig):
+            module.config = replace(module.config, backend="reference")  # type: ignore[arg-type,assignment]

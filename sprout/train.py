@@ -32,6 +32,7 @@ from .train_config import (
     MODEL_DEFAULTS,
     OptionError,
     TrainConfig,
+    check_sharded,
     continue_with,
     merge,
     model_names,
@@ -157,20 +158,6 @@ def check_options(options: dict[str, Any], given: dict[str, Any]) -> None:
     if options["model"] != "sprout":
         for name in sorted(set(given) & set(model_names()) - set(OF_CONTROLS)):
             log.warning("--%s has no effect on --model %s", name, options["model"])
-
-
-def check_sharded(config: TrainConfig) -> None:
-    """Raises OptionError for what a pool that is spread over processes cannot do."""
-    if config.rewire_every:
-        raise OptionError(
-            f"--rewire_every {config.rewire_every} with --active_groups needs one process: with more of them each "
-            "holds a part of the blocks; leave it out"
-        )
-    if config.mixed_precision == "fp16":
-        raise OptionError(
-            "--mixed_precision fp16 with --active_groups needs one process: a process would leave out a step that "
-            "overflowed in its own rows while others take it; use bf16 or no"
-        )
 
 
 def processes() -> int:

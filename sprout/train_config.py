@@ -252,3 +252,17 @@ def parts(options: dict[str, Any], vocab_size: int) -> tuple[TrainConfig, Sprout
         return config, SproutConfig(vocab_size=vocab_size, max_seq_len=config.window, causal=True, **sizes)
     except ValueError as error:  # its texts begin with the name of the field
         raise OptionError(f"--{error}; set --{str(error).split()[0]}, or what limits it, to fit") from None
+
+
+def check_sharded(config: TrainConfig) -> None:
+    """Raises OptionError for what a pool that is spread over processes cannot do."""
+    if config.rewire_every:
+        raise OptionError(
+            f"--rewire_every {config.rewire_every} with --active_groups needs one process: with more of them each "
+            "holds a part of the blocks; leave it out"
+        )
+    if config.mixed_precision == "fp16":
+        raise OptionError(
+            "--mixed_precision fp16 with --active_groups needs one process: a process would leave out a step that "
+            "overflowed in its own rows while others take it; use bf16 or no"
+        )

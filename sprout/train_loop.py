@@ -22,7 +22,7 @@ from .pretrained import TOKENIZER
 from .runs import Interrupt, Reporter, RunError, RunFolder, environment
 from .sampling import generate
 from .sharded_pool import sharded_tables
-from .sharded_state import gathered
+from .sharded_state import gathered, use_reference_
 from .train_metrics import pattern_figures
 from .trainer import Plan, Trainer
 
@@ -249,6 +249,8 @@ class Loop:
             "best_val_loss": trainer.best,
             "val": figures,
         }
+        if model is not trainer.model:  # on the CPU
+            use_reference_(model)
         replace_file(path / "samples.txt", self._sample(model))
         replace_file(path / "final.json", json.dumps(summary, indent=1))
         log.info("%s: loss %.4f nats, %.4f bits per character", path, figures["loss"], figures["bits_per_character"])

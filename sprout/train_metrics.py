@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .model import BrainLikeSprout
 from .objective import Objective, next_token
 from .pattern import ActivationPattern, gate_change, jaccard
-from .sharded_pool import absent
+from .sharded_pool import absent, leave_to_owners
 
 
 class Learner(nn.Module):
@@ -23,8 +23,7 @@ class Learner(nn.Module):
     def __init__(self, model: nn.Module, balance: float = 0.0, settling: float = 0.0) -> None:
         super().__init__()
         self.model, self.balance, self.settling = model, balance, settling
-        ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())  # of a pool that is spread over processes
-        self._ddp_params_and_buffers_to_ignore: Any = [f"model.{name}" for name in ignored]
+        leave_to_owners(self)
 
     def forward(self, tokens: Tensor) -> Objective:
         """As ``next_token``; of a model without a pool only the language term, and no history."""

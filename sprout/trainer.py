@@ -29,7 +29,7 @@ from .sharded_state import (
 )
 from .sparse_gradients import clip_grad_norm_, sparse_tables
 from .text import Tokenizer
-from .train_config import TrainConfig
+from .train_config import TrainConfig, check_sharded
 from .train_metrics import Learner, all_windows, evaluate, per_text, random_windows
 
 log = logging.getLogger("sprout.train")
@@ -97,6 +97,7 @@ class Trainer:
         if plan.config.freeze_strength and plan.config.model == "sprout":
             model.pool.connection_strength.requires_grad_(False)
         if sparse_tables(model) and accelerator.num_processes > 1:
+            check_sharded(plan.config)
             shard_(model)
         self.model = model
         learner = Learner(model, plan.config.balance, plan.config.settling)

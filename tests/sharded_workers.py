@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sprout import sharded_state
 from sprout.distributed import gather
 from sprout.sharded import ShardedTable
-from sprout.sharded_pool import absent, shard_, sharded_tables
+from sprout.sharded_pool import absent, leave_to_owners, shard_, sharded_tables
 from sprout.sharded_state import (
     gathered,
     load_weights,
@@ -247,6 +247,18 @@ def continued(rank, world, model, saved):
         tables=list(sharded_tables(model).values()),
     )
     return whole_weights(model)
+
+
+def wrapped(rank, world):
+    """Whether each process keeps its rows when what is wrapped holds the model."""
+    model = grouped()
+    shard_(model)
+    own = [table.local.detach().clone() for table in sharded_tables(model).values()]
+    holder = torch.nn.ModuleDict({"inner": model})
+    leave_to_owners(holder)
+    DistributedDataParallel(holder)  # else refuses blocks that are 20 here and 19 there, and copies the others
+    now = [table.local for table in sharded_tables(model).values()]
+    return all(torch.equal(*pair) for pair in zip(own, now, strict=True))
 
 
 def refused(rank, world):

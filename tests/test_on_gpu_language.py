@@ -15,7 +15,11 @@ pytest.importorskip("triton")
 
 from benchmarks import on_gpu
 from benchmarks.gpu import journal, language
+from benchmarks.gpu.setting import Setting
+from sprout.train import parse
+from sprout.train_config import merge, parts
 
+RUNS = language.RUNS  # before they are replaced
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 
 
@@ -73,3 +77,18 @@ def test_the_target_is_that_of_the_best_sprout() -> None:
     assert (target["measured"], target["reached"]) == (1.44, True)
     assert "SPROUT, b" in target["what"]
     assert language.conclude({"GPT (control)": {"loss": 1.3}})["targets"] == []
+
+
+def test_sprout_train_knows_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "RUNS", RUNS)
+    text = tmp_path / "text.txt"
+    for rehearsal in (True, False):
+        setting = Setting(rehearsal, tmp_path, data=text)
+        for name in RUNS:
+            _, options = parse(language.command(setting, name, tmp_path / "run")[3:])
+            assert options["data"] == str(text)
+            assert options.get("n_encoder_layers") == RUNS[name]["n_encoder_layers"], "rehearsed as it is run"
+            parts(merge(options, {}), vocab_size=65)
+    (tmp_path / "config.json").touch()
+    rest, options = parse(language.command(setting, name, tmp_path)[3:])
+    assert (rest.resume, rest.force, options) == (str(tmp_path), True, {"data": str(text)})

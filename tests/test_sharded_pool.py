@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sprout.sharded_pool import ShardedBlocks, absent, shard_, sharded_tables
-from sprout.sharded_state import gathered
+from sprout.sharded_state import gathered, use_reference_
 from sprout.train_metrics import Learner
 from tests import distributed_workers
 from tests import sharded_workers as workers
@@ -28,6 +28,7 @@ ALL = (
     workers.forward,
     workers.goes_on,
     workers.refused,
+    workers.wrapped,
 )
 
 
@@ -185,6 +186,24 @@ def test_what_a_spread_pool_refuses(found):
         assert "pool.threshold.local is missing" in told["missing"]
         assert unchanged
         assert whole
+
+
+def test_a_module_around_the_model_leaves_the_rows_to_their_owners(found):
+    _, results = found
+    assert all(results["wrapped"])
+
+
+def test_a_whole_copy_on_the_cpu_needs_no_kernels(monkeypatch):
+    """A model of a GPU may ask for Triton, by its config or by the environment; its copy computes all the same."""
+    tokens, expected = some_tokens(2, 5, seed=0), workers.grouped(torch.float32)(some_tokens(2, 5, seed=0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for environment, backend in (("auto", "triton"), ("triton", "auto")):
+        monkeypatch.setenv("BIO_KERNELS_BACKEND", environment)
+        model = workers.grouped(torch.float32, backend=backend)
+        with pytest.raises(RuntimeError, match='backend "triton" cannot'):
+            model(tokens)
+        use_reference_(model)
+        assert torch.equal(model(tokens), expected)
 
 
 def test_one_process_keeps_a_whole_pool():

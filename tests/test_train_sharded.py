@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sprout import checkpoint as ck
 from sprout import hub
 from sprout.runs import checkpoints
+from sprout.train_config import OptionError, TrainConfig
 from sprout.train_loop import parameters
+from sprout.trainer import Trainer
+from tests.sharded_workers import grouped
 from tests.test_train_distributed import SAME, WORKER, finishes, furthest, trains
 from tests.test_train_resume import same
 from tests.training import TINY, final, metrics, sample_text, start
@@ -91,3 +96,9 @@ def test_what_does_not_go_together_is_refused_first(tmp_path, start, capsys, mon
     assert start("run", *GROUPS, *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_made_in_code_refuses_it_too():
+    plan: Any = SimpleNamespace(config=TrainConfig(rewire_every=5), sizes=grouped().config)
+    with pytest.raises(OptionError, match="--rewire_every 5 with --active_groups needs one process"):
+        Trainer(plan, SimpleNamespace(num_processes=2))  # type: ignore[arg-type]

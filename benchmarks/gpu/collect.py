@@ -10,7 +10,13 @@ from typing import Any
 from .journal import OK, Row
 from .setting import ROOT, commit
 
-RACES = ("suite", "targets", "model", "million")  # steps whose rows are times and targets; the others go along whole
+RACES = (
+    "suite",
+    "targets",
+    "model",
+    "million",
+    "language",
+)  # steps whose rows are times and targets; the others go along whole
 RESULTS = ROOT / "benchmarks" / "results"
 
 

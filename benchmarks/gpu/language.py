@@ -56,15 +56,15 @@ SMALLEST: dict[str, Any] = {
     "n_neurons": 64,
     "d_state": 12,
 }
-SMALLEST |= {"device": "cpu", "mixed_precision": "no", "backend": "reference", "threads": 1, "n_encoder_layers": 1}
+SMALLEST |= {"device": "cpu", "mixed_precision": "no", "backend": "reference", "threads": 1}
 
 
 def command(setting: Setting, name: str, out: Path) -> list[str]:
-    """That starts the run in out, or goes on with it."""
+    """That starts the run in out, or goes on with it, also if it was cut on another machine."""
     options = {**RUNS[name], **(SMALLEST if setting.rehearsal else BUDGET), "seed": 0, "tensorboard": False}
     data = [] if setting.data is None else ["--data", str(setting.data)]
     if (out / "config.json").exists():
-        return [sys.executable, "-m", "sprout.train", "--resume", str(out), *data]
+        return [sys.executable, "-m", "sprout.train", "--resume", str(out), "--force", *data]
     given = [text for key, value in options.items() for text in switch(key, value)]
     return [sys.executable, "-m", "sprout.train", *data, *given, "--out", str(out)]
 
@@ -81,7 +81,7 @@ def trained(setting: Setting, name: str) -> Row:
     if missing:
         raise LeftOut(f"{' and '.join(missing)} not installed")
     if setting.cuda and setting.data is None:
-        raise LeftOut("name the text of Tiny Shakespeare by --data FILE")
+        raise LeftOut("name the text of Tiny Shakespeare: --data FILE --again")
     if setting.cuda and setting.end - time.monotonic() < 2 * CLOSING_S:
         raise OutOfTime
     out = setting.folder.resolve() / "language" / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -91,8 +91,11 @@ def trained(setting: Setting, name: str) -> Row:
         child = subprocess.Popen(
             command(setting, name, out), cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log
         )
-        code = finished(child, setting.end - CLOSING_S)
-    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        try:
+            code = finished(child, setting.end - CLOSING_S)
+        finally:
+            child.kill()  # if this process is told to end
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
         raise OutOfTime
     if code != 0:
         raise RuntimeError(f"ended with {code}: {out.with_suffix('.log').read_text(errors='replace')[-400:]}")

@@ -22,9 +22,10 @@ CHECKED = 100  # sequences of train.check_every
 
 
 def schedule(step: int, total: int, warmup_steps: int) -> float:
-    """Share of the highest learning rate in step 0..total-1: a linear warm-up to 1, in the last 0.3 linear to 0.05.
+    """Share of the highest learning rate in step 0..total-1: a linear warm-up to 1, in the last 0.3 linear to 0, but
+    not below 0.05.
 
-    It is high until BioHama is decided, so that what hangs on that can follow. Source: Hu et al. 2024, MiniCPM
+    It is still high when BioHama is decided, so that what hangs on that can follow. Source: Hu et al. 2024, MiniCPM
     (arXiv 2404.06395).
     """
     if step < warmup_steps:
