@@ -94,9 +94,13 @@ def test_step_by_step_over_several_doublings():
 def test_ties_are_read_alike_step_by_step_and_at_once():
     """Few symbols, so that many slots resemble the cue equally, more than a read may combine."""
     model, tokens = shaken(1, modules=("hebb",), winner_take_all=False), tokens_of(2, 60, vocab_size=4)
-    whole = model(tokens)
-    assert difference(stepped(model, tokens), whole) < 1e-5
-    assert difference(model(tokens[:, :33]), whole[:, :33]) < 1e-5
+    for dtype, rounding in (
+        (torch.float32, 1e-4),
+        (torch.float64, 1e-9),
+    ):  # a cue is a difference
+        whole = model.to(dtype)(tokens)
+        assert difference(stepped(model, tokens), whole) < rounding
+        assert difference(model(tokens[:, :33]), whole[:, :33]) < rounding
 
 
 @torch.no_grad()
@@ -190,12 +194,12 @@ def test_the_mixture_is_that_of_the_routers_weights():
 @torch.no_grad()
 def test_in_use_gates_are_all_or_none_and_in_training_soft():
     model, tokens = shaken(), tokens_of(4, 30)
-    for phase, hard in ((None, True), (phase_at(0.1, 0.1), False), (phase_at(1.0, 0.1), False)):
-        trace = model.trace(tokens, phase)
-        gate = trace.control.own
-        assert gate.min() >= 0
-        assert gate.max() <= 1
-        assert ((gate == 0) | (gate == 1)).all() == hard
+    for progress, hard in ((None, True), (0.1, False), (0.79, False), (0.8, True), (1.0, True)):
+        trace = model.trace(tokens, progress and phase_at(progress, 0.1))
+        for gate in (trace.control.own, trace.control.content):
+            assert gate.min() >= 0
+            assert gate.max() <= 1
+            assert ((gate == 0) | (gate == 1)).all() == hard
 
 
 @torch.no_grad()
