@@ -26,8 +26,8 @@ class Phase(NamedTuple):
 
     floor: share of the router's weight that is spread evenly. drop: probability that a sample lacks a module.
     threshold: the router's; None: the config's. hard: winners take all, where config.winner_take_all.
-    decided: events, content and ``own`` are 0 or 1. noise: if not decided, how much logistic noise the logits of events
-    and ``own`` get, which are also multiplied by 1 + noise; doubt: that of content.
+    decided: events, content and ``own`` are 0 or 1. noise, content_noise: if not decided, how much logistic noise the
+    logits of events and ``own``, and those of content, get, which are also multiplied by 1 + that.
     excluded: drive that a slot without content loses. focus: of the queue.
     """
 
@@ -37,7 +37,7 @@ class Phase(NamedTuple):
     hard: bool = True
     decided: bool = True
     noise: float = 0.0
-    doubt: float = 0.0
+    content_noise: float = 0.0
     excluded: float = EXCLUDED
     focus: float = FOCUS
 
@@ -151,7 +151,7 @@ class BioHamaModel(nn.Module):
         content, own = (gate(nodes[..., m + 2 + i, :]).squeeze(-1) for i, gate in enumerate((self.content, self.own)))
         return Control(
             self.router.logits(nodes[..., 2 : m + 2, :]),
-            opened(content, phase._replace(noise=phase.doubt)),
+            opened(content, phase._replace(noise=phase.content_noise)),
             opened(own, phase),
             own,
         )

@@ -45,7 +45,7 @@ def phase_at(progress: float, threshold: float, explore: bool = True) -> Phase:
         hard=decided,
         decided=decided,
         noise=ramp(progress, 0.2, 0.45),
-        doubt=ramp(progress, 0.45, 0.7),
+        content_noise=ramp(progress, 0.45, 0.7),
         excluded=EXCLUDED * ramp(progress, 0.3, 0.7),
         focus=1 + (FOCUS - 1) * ramp(progress, 0.3, 0.7),
     )

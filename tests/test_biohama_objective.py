@@ -47,7 +47,7 @@ def test_phases_harden():
     assert (last.floor, last.drop, last.threshold, last.excluded) == (0.0, 0.0, pytest.approx(0.1), Phase().excluded)
     assert [phase.hard and phase.decided for phase in phases] == [p >= 16 for p in range(21)], "the last fifth"
     assert not any(phase.hard or phase.decided for phase in phases[:16]), "nothing hard is trained through"
-    assert all(phase.noise == phase.doubt == 1 for phase in phases[14:16]), "and by then all gates are noisy"
+    assert all(phase.noise == phase.content_noise == 1 for phase in phases[14:16]), "and by then all gates are noisy"
     for early, late in pairwise(phases):
         assert early.floor >= late.floor
         assert early.drop >= late.drop

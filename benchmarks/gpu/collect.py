@@ -10,13 +10,8 @@ from typing import Any
 from .journal import OK, Row
 from .setting import ROOT, commit
 
-RACES = (
-    "suite",
-    "targets",
-    "model",
-    "million",
-    "language",
-)  # steps whose rows are times and targets; the others go along whole
+# Steps whose rows are times and targets; the others go along whole.
+RACES = ("suite", "targets", "model", "million", "language")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
