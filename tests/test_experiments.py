@@ -165,6 +165,10 @@ def test_the_learning_rate_rises_is_held_and_falls_to_a_twentieth():
     assert shares[170] == pytest.approx(0.5)
     assert shares[199] == pytest.approx(0.05, abs=1e-3)
     assert all(a >= b for a, b in pairwise(shares[10:]))
+    long = [trainer.schedule(step, 100, 90) for step in range(100)]
+    assert max(long) == long[74] == pytest.approx(75 / 90), "a long warm-up meets the end, it does not fall off it"
+    assert max(abs(a - b) for a, b in pairwise(long)) < 0.05
+    assert trainer.schedule(0, 100, 0) == 1.0
 
 
 def test_measuring_is_the_same_in_any_batches_and_the_same_sequences_for_every_model():

@@ -23,14 +23,12 @@ CHECKED = 100  # sequences of train.check_every
 
 def schedule(step: int, total: int, warmup_steps: int) -> float:
     """Share of the highest learning rate in step 0..total-1: a linear warm-up to 1, in the last 0.3 linear to 0, but
-    not below 0.05.
+    not below 0.05; the lower of the two where a long warm-up meets the end.
 
     It is still high when BioHama is decided, so that what hangs on that can follow. Source: Hu et al. 2024, MiniCPM
     (arXiv 2404.06395).
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return min(1.0, max(0.05, (total - step) / (0.3 * total)))
+    return min(1.0, (step + 1) / max(1, warmup_steps), max(0.05, (total - step) / (0.3 * total)))
 
 
 class Trainer:
