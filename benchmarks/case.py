@@ -48,6 +48,7 @@ class Contestant:
     leaves: tuple[str, ...] = ()
     directions: tuple[str, ...] = ("forward", "backward", "both", "update")
     deterministic: bool = False  # whether a repeat must give the same bits
+    waits: bool = False  # whether it waits for the GPU, and so cannot be captured in a CUDA graph
 
 
 @dataclass

@@ -25,11 +25,13 @@ CPU_BYTES = 64 * 2**20  # on a CPU, inputs are drawn until together they are as 
 def input_sets(spec: Spec, device: str, make) -> list[Inputs]:
     """``make(spec, device, seed)`` as often as it takes until the inputs of one call have left the cache for the next.
 
-    2 to 8 of them. On a GPU they share nothing, and together are at least twice the L2 cache; on a CPU they share the
-    connection matrix, which alone is as large as most caches.
+    2 to 8 of them. On a GPU they share nothing, and together are at least twice the L2 cache where 8 are enough for
+    that; what a call with B = 1 touches of them stays in the cache. On a CPU they share the connection matrix, which
+    alone is as large as most caches.
     """
     first = make(spec, device, 0)
-    size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
+    sizes = {x.data_ptr(): x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor)}
+    size = sum(sizes.values())  # each tensor once, also where it has two names
     wanted = 2 * torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CPU_BYTES
     count = int(min(max(2, -(-wanted // max(size, 1))), 8))
     sets = [first, *(make(spec, device, seed) for seed in range(1, count))]
@@ -59,6 +61,12 @@ def _sparse_matrix(n: int, dtype: torch.dtype, device: str, seed: int) -> BlockS
 @lru_cache(maxsize=8)
 def _dense_matrix(n: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
     return (torch.randn(n, n, generator=generator(1000 + seed)) * 0.3).to(device=device, dtype=dtype)
+
+
+def forget() -> None:
+    """Drops the matrices that are kept for the next row."""
+    _sparse_matrix.cache_clear()
+    _dense_matrix.cache_clear()
 
 
 def strength(spec: Spec, device: str, seed: int) -> tuple[Tensor | BlockSparse, Tensor | None]:

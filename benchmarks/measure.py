@@ -19,6 +19,8 @@ BUDGET_S = 1.5  # time for the rounds of one row, all contestants together; the 
 MIN_ROUNDS, MIN_ROUNDS_OF_PEER, MAX_ROUNDS = 5, 3, 60
 PEER_TOLERANCE = 10  # a peer whose rounding is a few times worse than ours is still a peer
 REPEATS = 3  # runs that must agree to the bit
+FAILED_CAPTURES: list[str] = []  # of this process: torch's allocator then believes that a capture is still under way
+SPIN = 400_000  # cycles, about 0.2 ms: longer than it takes to launch the graph of an operation
 
 
 class WrongResult(AssertionError):
@@ -40,6 +42,17 @@ def seconds(job: Callable[[], Any], cuda: bool) -> float:
     end = time.perf_counter()
     del result
     return end - begin
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Time of one replay; the GPU is kept busy until all of it is queued, so that launching it is not measured."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN)
+    start.record()
+    graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3
 
 
 def _gradients(contestant: Contestant, out: tuple[Tensor, ...], inputs: Inputs) -> tuple[Tensor, ...]:
@@ -164,32 +177,51 @@ def _rounds(contestant: Contestant, case: Case, share: float) -> int:
 
 
 def graph_times(contestants: list[Contestant], case: Case, rounds: int = 30) -> dict[str, list[float]]:
-    """The same race with each contestant replayed from a CUDA graph; one that cannot be captured is left out."""
+    """The same race with each contestant replayed from a CUDA graph; one that cannot be captured is left out.
+
+    After a capture that failed nothing else is captured in this process, see FAILED_CAPTURES.
+    """
     graphs: dict[str, list[torch.cuda.CUDAGraph]] = {}
     for contestant in contestants:
+        if contestant.waits or FAILED_CAPTURES:
+            why = "it waits for the GPU" if contestant.waits else f"the capture of {FAILED_CAPTURES[0]} failed before"
+            case.not_run[f"{contestant.name} as a CUDA graph"] = why
+            continue
         try:
             graphs[contestant.name] = [_capture(contestant, case.spec.direction, inputs) for inputs in case.sets]
         except RuntimeError as error:
             case.not_run[f"{contestant.name} as a CUDA graph"] = str(error).splitlines()[0][:160]
-            torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for i in range(rounds):
-        for name, captured in graphs.items():
-            times[name].append(seconds(captured[i % len(captured)].replay, True))
+        for j, (name, captured) in enumerate(graphs.items()):  # nobody finds the inputs that another has just read
+            times[name].append(replay_seconds(captured[(i + j) % len(captured)]))
     return times
 
 
 def _capture(contestant: Contestant, direction: str, inputs: Inputs) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    return captured(lambda: prepare(contestant, direction, inputs)(), contestant.name)[0]
+
+
+def captured(job: Callable[[], Any], name: str = "ours") -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of job, warmed up on a side stream, and what job returned while it was captured.
+
+    What fails while it is captured is kept in FAILED_CAPTURES by its name, and raised.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(3):
-            prepare(contestant, direction, inputs)()
-    torch.cuda.current_stream().wait_stream(side)
+            job()
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        prepare(contestant, direction, inputs)()
-    return graph
+    try:
+        with torch.cuda.graph(graph):
+            result = job()
+    except Exception:
+        FAILED_CAPTURES.append(name)
+        torch.cuda.set_stream(current)  # torch.cuda.graph has stayed on its own
+        raise
+    return graph, result
 
 
 def measure(benchmark, case: Case, roofline: Roofline) -> dict[str, Any]:
@@ -207,14 +239,22 @@ def measure(benchmark, case: Case, roofline: Roofline) -> dict[str, Any]:
         "max_error": error,
         "tolerance": TOLERANCE[case.spec.dtype] * case.slack,
         "deterministic": same,
+        "spread_s": {name: spread(t) for name, t in times.items()},
     }
     # a graph of a backward pass needs its forward too
     if inputs["cuda"] and case.graphs and case.spec.direction != "backward":
-        graph = {name: statistics.median(t) for name, t in graph_times(contestants, case).items()}
-        row["graph_s"] = graph
+        replays = graph_times(contestants, case)
+        row["graph_s"] = {name: statistics.median(t) for name, t in replays.items()}
+        row["graph_spread_s"] = {name: spread(t) for name, t in replays.items()}
+        row["not_run"] = dict(case.not_run)
     benchmark.group = case.op
     benchmark.extra_info.update(row)
     return row
+
+
+def spread(times: list[float]) -> list[float]:
+    """The 20th and the 80th percentile."""
+    return [float(torch.tensor(times, dtype=torch.float64).quantile(q)) for q in (0.2, 0.8)]
 
 
 def describe(case: Case, median: dict[str, float], memory: dict[str, int], roofline: Roofline) -> dict[str, Any]:

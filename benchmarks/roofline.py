@@ -24,8 +24,14 @@ class Roofline:
         return max(bytes_moved / self.copy, flops / self.matmul[str(dtype).removeprefix("torch.")])
 
 
+WARM_UP_S = 0.3  # until a GPU has raised its clocks
+
+
 def _median_seconds(job: Callable[[], Any], device: str, repeats: int = 5) -> float:
-    taken = []
+    taken, end = [], time.perf_counter() + (WARM_UP_S if device == "cuda" else 0.0)
+    while time.perf_counter() < end:
+        job()
+        torch.cuda.synchronize()
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         job()

@@ -88,8 +88,9 @@ def contestants(spec: Spec, session: Session, not_run: dict[str, str]) -> list[C
     if spec.n > inputs.LARGEST_DENSE:
         not_run["every peer"] = "an N x N matrix does not fit, nor an index for every stored value"
         return []
-    found = [Contestant("dense", dense)]
-    if spec.storage == "block_sparse":
+    sparse = spec.storage == "block_sparse"
+    found = [Contestant("dense", dense, waits=sparse)]  # for the number of blocks in each row
+    if sparse:
         not_run["index_put_, rank-B addmm"] = "they would also change what a block-sparse matrix does not store"
         return [*found, Contestant("sampled_addmm", sampled_addmm)]
     found += [Contestant("index_put_(accumulate)", index_put), Contestant("decay + rank-B addmm", rank_b)]

@@ -29,8 +29,11 @@ def _drawn(setting: Setting) -> torch.Generator:
 # ------------------------------------------------------------------------------------------------- attention
 
 
-def attention_case(setting: Setting) -> Case:
-    """Attention over a dense matrix of 65,536 neurons, forward and backward; ours with a sparse gradient."""
+def attention_case(setting: Setting, flex: bool = False) -> Case:
+    """Attention over a dense matrix of 65,536 neurons, forward and backward; ours with a sparse gradient.
+
+    flex: against FlexAttention, and otherwise against all others.
+    """
     spec = Spec(32, n=65_536, heads=4, dtype=torch.bfloat16, direction="both")
     if setting.rehearsal:
         spec = Spec(2, n=256, k=8, heads=2, width=16)
@@ -50,13 +53,12 @@ def attention_case(setting: Setting) -> Case:
         spec,
         sets,
         Contestant("ours", _ours, LEAVES, deterministic=True),
-        _attention_peers(setting),
+        [test_attention.flex(setting.session())] if flex and setting.cuda else _attention_peers(setting),
         lambda: _attention_truth(sets[0], active),
         moved + 20 * pairs - size * spec.n**2,  # 4 bytes and two indices a pair, and no N x N gradient
         flops,
         gradients=lambda grads: {name: _between(name, grad, active) for name, grad in grads.items()},
         graphs=False,  # of each peer it would keep N x N gradients
-        not_run={} if setting.cuda else {"FlexAttention": "not compiled in a rehearsal"},
     )
 
 
@@ -71,12 +73,11 @@ def _attention_peers(setting: Setting) -> list[Contestant]:
     def plain(function: Any) -> Any:
         return lambda x: (function(x["q"], x["k"], x["v"], x["matrix"], x["idx"], x["gate"]),)
 
-    found = [
+    return [
         Contestant("gather + einsum", plain(peers.naive_attention), PEER_LEAVES),
         Contestant("SDPA with gathered bias", plain(peers.sdpa), PEER_LEAVES),
         *peers.sdpa_backends(setting.cuda, PEER_LEAVES),
     ]
-    return [*found, test_attention.flex(setting.session())] if setting.cuda else found
 
 
 def _between(name: str, grad: Tensor, active: Tensor) -> Tensor:

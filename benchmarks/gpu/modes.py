@@ -10,11 +10,11 @@ from bio_kernels.testing import TOLERANCE, assert_close, relative_error
 from torch import Tensor
 
 from ..case import in_double, leaf
+from ..measure import captured
 from . import parity
 from .determinism import OPERATIONS, STORAGES, arguments, inputs_for
 from .journal import LeftOut, Row
 from .setting import Rows, Setting, same_bits, short
-from .timing import captured
 
 BATCH = 32
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from .. import measure, roofline, test_attention, test_plasticity, test_topk_gather, test_weighted_rows
+from .. import inputs, measure, roofline, test_attention, test_plasticity, test_topk_gather, test_weighted_rows
 from ..case import Case, Spec
 from ..roofline import Roofline
 from ..table import summary_lines, times
@@ -72,10 +72,11 @@ def graph_ratios(row: Row) -> Row:
 
 
 def forget() -> None:
-    """Drops the inputs and truths that the cases keep for the next row of the same inputs."""
+    """Drops the inputs and truths that the cases keep for the next row of the same inputs, and their matrices."""
     for module in MODULES.values():
         module.sets.cache_clear()
         module.truth.cache_clear()
+    inputs.forget()
 
 
 def tiny(spec: Spec, op: str) -> Spec:

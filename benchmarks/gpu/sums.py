@@ -111,11 +111,13 @@ def _heads(setting: Setting, spec: Spec, each: int) -> Row:
 
     def split(x: Inputs) -> tuple[Tensor, ...]:
         q, k, v = (x[name].unflatten(1, (parts, each)).flatten(0, 1) for name in "qkv")
-        idx, gate = (x[name].repeat_interleave(parts, 0) for name in ("idx", "gate"))
-        out = bio_kernels.sparse_attention(q, k, v, idx, x["strength"], gate=gate)
+        out = bio_kernels.sparse_attention(q, k, v, x["idx of parts"], x["strength"], gate=x["gate of parts"])
         return (out.unflatten(0, (-1, parts)).flatten(1, 2),)
 
     case = races.MODULES["sparse_attention"].case(spec, replace(setting.session(), short=True))
+    case.sets = [
+        x | {f"{name} of parts": x[name].repeat_interleave(parts, 0) for name in ("idx", "gate")} for x in case.sets
+    ]
     case.ours = Contestant("ours", split, test_attention.LEAVES)
     name = SHIPPED if parts == 1 else f"{each} heads a program"
     question = f"heads a program {str(spec.dtype)[6:]} B={spec.batch} H=8"

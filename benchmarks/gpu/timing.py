@@ -9,24 +9,11 @@ from typing import Any
 
 import torch
 
-from ..measure import seconds
+from ..measure import captured, replay_seconds, seconds
 
 WARM_UP, REPLAYS = 3, 20
-LEAST_S = 1e-3  # a graph is repeated within itself until it should take this long: events resolve about 1 us
-
-
-def captured(job: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of job, warmed up on a side stream, and what job returned while it was captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            job()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = job()
-    return graph, result
+WARM_UP_S = 0.2  # until the GPU has raised its clocks
+LEAST_S, MOST_REPEATS = 1e-3, 50  # a graph is repeated within itself until it takes this long: events resolve 1 us
 
 
 def graph_seconds(run: Callable[[Any], Any], sets: Sequence[Any]) -> float:
@@ -41,17 +28,23 @@ def graph_seconds(run: Callable[[Any], Any], sets: Sequence[Any]) -> float:
         for x in sets:
             run(x)
 
-    once()
-    repeats = max(1, min(20, int(LEAST_S / max(seconds(once, True), 1e-6))))
+    def repeated(times: int) -> torch.cuda.CUDAGraph:
+        def job() -> None:
+            for _ in range(times):
+                once()
 
-    def job() -> None:
-        for _ in range(repeats):
-            once()
+        graph, _ = captured(job)
+        end = time.perf_counter() + WARM_UP_S
+        while time.perf_counter() < end:
+            graph.replay()
+            torch.cuda.synchronize()
+        return graph
 
-    graph, _ = captured(job)
-    for _ in range(WARM_UP):
-        graph.replay()
-    return statistics.median(seconds(graph.replay, True) for _ in range(REPLAYS)) / (repeats * len(sets))
+    graph = repeated(1)
+    repeats = max(1, min(MOST_REPEATS, int(LEAST_S / replay_seconds(graph))))
+    if repeats > 1:
+        graph = repeated(repeats)
+    return statistics.median(replay_seconds(graph) for _ in range(REPLAYS)) / (repeats * len(sets))
 
 
 def eager_seconds(job: Callable[[], Any], cuda: bool, rounds: int = 20) -> float:

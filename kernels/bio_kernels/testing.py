@@ -22,7 +22,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|; NaN if a value is NaN in only one of them; 0 if both are empty."""
     if actual.shape != expected.shape:
         raise ValueError(f"actual must have the shape of expected, {tuple(expected.shape)}, got {tuple(actual.shape)}")
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = actual.detach().to(expected.device).double(), expected.detach().double()
     same = (actual == expected) | (actual.isnan() & expected.isnan())  # also infinities of one sign
     if bool(same.all()):
         return 0.0
