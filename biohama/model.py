@@ -46,12 +46,13 @@ class Control(NamedTuple):
     """What the nodes decide in every step.
 
     router_logit: (..., M). content: (...) in 0..1, whether a slot counts as content. own: (...) in 0..1, whether the
-    token of this step is the model's last answer.
+    token of this step is the model's last answer; own_logit: (...).
     """
 
     router_logit: Tensor
     content: Tensor
     own: Tensor
+    own_logit: Tensor
 
 
 class Trace(NamedTuple):
@@ -152,6 +153,7 @@ class BioHamaModel(nn.Module):
             self.router.logits(nodes[..., 2 : m + 2, :]),
             opened(content, phase._replace(noise=phase.content_noise)),
             opened(own, phase),
+            own,
         )
 
     def trace(self, tokens: Tensor, phase: Phase | None = None) -> Trace:

@@ -1,9 +1,9 @@
 """What BioHama is trained on: its answer, what every module would have answered alone, and the router's credit.
 
 Everything is learnt soft, as one likelihood: P(y) = sum over slots of address_i P(y | slot i). What the model does in
-use, one winner, a state that changes at events, is where the soft solution goes when noise and a price of events have
-made it sure of itself. Only in the last fifth, nothing hard is trained through before, all is decided as in use, and
-the rest learns to live with it: what a gate told by being open now and then, on many tokens, it does not tell any more.
+use, one winner, a state that changes at events, is where the soft solution goes when noise and two penalties have made
+it sure of itself. Only in the last fifth, nothing hard is trained through before, all is decided as in use, and the
+rest learns to live with it: what a gate told by being open now and then, on many tokens, it does not tell any more.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from .competition import EXCLUDED, FOCUS
 from .model import BioHamaModel, Phase, Trace
 from .tasks.base import IGNORE
 
-PARTS = ("exploration", "modules", "credit", "rest")
-_REST = 0.3  # what an open event costs, nats per unit of its logit
+PARTS = ("exploration", "modules", "responsibility", "credit", "rest", "quiet")
+_REST, _QUIET = 0.3, 0.05  # what an open event and an open ``own`` cost, nats per unit of their logit
 DECIDED = 0.8  # of the training: from then on the model is as in use
+_NARROW = 0.3  # nats per symbol by which a module must be better to get e times the share of a sequence
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -57,8 +58,8 @@ def training_loss(
 
     Args: model, a BioHamaModel, or any other model of tokens (B, T) -> logits (B, T, V), which learns by cross-entropy
         alone; batch, with tokens and targets (B, T), IGNORE = -100 where nothing is scored; without, of PARTS, what to
-        leave out: exploration (floor, absent modules), modules (their own loss), credit (the router's),
-        rest (the price of events).
+        leave out: exploration (floor, absent modules), modules (their own loss), responsibility
+        (every module learns every sequence), credit (the router's), rest, quiet (penalties of events and of ``own``).
     Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
     """
     for name in [without] if isinstance(without, str) else without:
@@ -72,25 +73,37 @@ def training_loss(
         return loss, {"answer": loss.detach()}
     trace = model.trace(batch.tokens, phase_at(progress, model.config.threshold, "exploration" not in without))
     alone = own_answers(trace, batch.targets)[scored]
+    share = 0.0 if "responsibility" in without else ramp(progress, 0.1, 0.3)
     parts = {
         "answer": F.nll_loss(trace.logits[scored], batch.targets[scored]),
-        "modules": (progress - 1) * alone.mean(),
+        "modules": (1 - progress) * module_loss(alone, scored, share),
         "credit": ramp(progress, 0.5, 0.7)
         * -(trace.control.router_logit[scored].log_softmax(-1) + alone).logsumexp(-1).mean(),
         "rest": _REST * calm(trace.event_logit, progress),
+        "quiet": _QUIET * calm(trace.control.own_logit, progress),
     }
     loss = torch.stack([value for name, value in parts.items() if name not in without]).sum()
     return loss, {name: value.detach() for name, value in parts.items()}
 
 
 def own_answers(trace: Trace, targets: Tensor) -> Tensor:
-    """(B, T, M): log P(target) of every module alone; without meaning where targets (B, T) are IGNORE.
-
-    All modules learn from all of them alike, so that each learns its job also while it is not chosen.
-    """
+    """(B, T, M): log P(target) of every module alone; without meaning where targets (B, T) are IGNORE."""
     wanted = targets.clamp(min=0).unsqueeze(1).expand(-1, trace.answers.shape[1], -1)
     right = trace.answers.gather(2, wanted).transpose(1, 2)  # (B, T, S + 1): P(target_t | slot_i)
     return (torch.einsum("btms,bts->btm", trace.proposals, right) + 1e-4).log()
+
+
+def module_loss(alone: Tensor, scored: Tensor, share: float) -> Tensor:
+    """What the modules' own answers cost, so that each learns its job also while it is not chosen.
+
+    alone (P, M), log P of the P scored positions of scored (B, T); share 0..1 of the weight goes to the modules that
+    explain a whole sequence best, the rest to all alike: a module should not be bent to what another one can do.
+    """
+    sample, m = scored.nonzero()[:, 0], alone.shape[1]
+    length = scored.sum(1, keepdim=True)
+    cost = alone.new_zeros(len(scored), m).index_add(0, sample, -alone)
+    best = (-cost.detach() / length.clamp(min=1) / _NARROW).softmax(1)
+    return (((1 - share) / m + share * best) * cost).sum() / length.sum()
 
 
 def calm(logit: Tensor, progress: float) -> Tensor:

@@ -166,7 +166,7 @@ def test_a_trace_has_the_shapes_it_names():
         "address": (2, 7, 8),
     }
     assert trace.answers.shape == (2, 8, 30)
-    assert [tuple(part.shape) for part in trace.control] == [(2, 7, 3), (2, 7), (2, 7)]
+    assert [tuple(part.shape) for part in trace.control] == [(2, 7, 3), (2, 7), (2, 7), (2, 7)]
     torch.testing.assert_close(trace.router.sum(-1), torch.ones(2, 7))
     assert model.trace(tokens_of(2, 7), Phase()).logits.equal(trace.logits)
 

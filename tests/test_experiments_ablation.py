@@ -30,20 +30,20 @@ def test_every_case_takes_its_part_out_and_nothing_else():
 
 def test_runs_and_table(tmp_path, capsys):
     out = str(tmp_path / "a")
-    some = ["cases=[the whole,hebb,exploration]", "tasks=[recall,sort]", "seeds=[3,4]", f"out={out}"]
+    some = ["cases=[the whole,hebb,credit of the router]", "tasks=[recall,sort]", "seeds=[3,4]", f"out={out}"]
     assert ablation.main([*some, *QUICK]) == 0
     rows = json.loads((tmp_path / "a" / "ablation.json").read_text())
     assert [(row["removed"], row["task"], row["seeds"]) for row in rows] == [
         ("the whole", "sort", [3, 4]),
         ("the whole", "recall", [3, 4]),
         ("hebb", "recall", [3, 4]),
-        ("exploration", "sort", [3, 4]),
+        ("credit of the router", "sort", [3, 4]),
     ]
     assert all(list(row["seq_acc"]) == ["id"] and len(row["seq_acc"]["id"]) == 2 for row in rows)
     lines = (tmp_path / "a" / "ablation.md").read_text().splitlines()
     assert [line.split("|")[1:4] for line in lines[6:]] == [
         [" sort ", " (nothing) ", " 2 "],
-        [" sort ", " exploration ", " 2 "],
+        [" sort ", " credit of the router ", " 2 "],
         [" recall ", " (nothing) ", " 2 "],
         [" recall ", " hebb ", " 2 "],
     ]

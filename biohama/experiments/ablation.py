@@ -56,9 +56,16 @@ CASES = (
     Case("tied cue", ["sort", "recall"], {"tied_cue": False}),
     Case("inhibition of return", ["sort"], {"inhibition": False}),
     Case("loss of each module", ["sort"], train={"without": ["modules"]}),
+    Case("responsibility", ["sort", "all_four"], train={"without": ["responsibility"]}),
     Case("credit of the router", ["sort", "all_four"], train={"without": ["credit"]}),
     Case("exploration", ["sort"], train={"without": ["exploration"]}),
     Case("price of events", ["reverse"], train={"without": ["rest"]}),
+    Case("price of own", ["sort", "all_four"], train={"without": ["quiet"]}),
+    Case(
+        "responsibility, credit, price of own",
+        ["all_four"],
+        train={"without": ["responsibility", "credit", "quiet"]},
+    ),
 )
 STEPS = {"all_four": 3000}  # where they are not the default
 
