@@ -253,6 +253,8 @@ def test_layouts(way: Way, layout: str) -> None:
     x["strength"] = x["strength"].t().contiguous().requires_grad_().t()
     x["gate"] = x["gate"][:, :1].clone().requires_grad_().expand(3, 5)
     x["idx"] = x["idx"].t().contiguous().t()
+    count = torch.tensor([[4, 9], [0, 9], [5, 9]], device=way.device)[:, 0]
+    x["count"] = count if layout == "transposed" else count[:1].clone().expand(3)
     compare_as_is(bk.sparse_attention, way, x)
 
 

@@ -18,10 +18,13 @@ def everything(way: Way, storage: str, batch: int, sparse_grad: bool = False) ->
     x = make_inputs(batch, 32, 10, storage=storage, kind="zipf")
     a: dict[str, Any] = {name: leaf(value, way) for name, value in x.__dict__.items()}
     top = bk.topk_gather(a["score"], a["table"], 10, sparse_grad=sparse_grad, backend=way.backend)
+    one = another = a["strength"]
+    if sparse_grad:  # torch adds an uncoalesced gradient to a strided one by atomics
+        one, another = bk.shared_table(a["strength"], 2)
     out = bk.sparse_attention(
-        a["q"], a["k"], a["v"], a["idx"], a["strength"], gate=a["gate"], sparse_grad=sparse_grad, backend=way.backend
+        a["q"], a["k"], a["v"], a["idx"], one, gate=a["gate"], sparse_grad=sparse_grad, backend=way.backend
     )
-    spread = bk.weighted_rows(a["strength"], a["idx"], a["pre"], backend=way.backend)
+    spread = bk.weighted_rows(another, a["idx"], a["pre"], backend=way.backend)
     (out.sin().sum() + top.rows.sin().sum() + top.gate.sum() + spread.sin().sum()).backward()
     result = {"out": out, "spread": spread, "idx": top.idx, "gate": top.gate, "rows": top.rows}
     result |= {f"gradient of {name}": g for name, value in a.items() if (g := _gradient(value)) is not None}

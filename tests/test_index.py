@@ -7,7 +7,7 @@ from collections.abc import Callable
 import bio_kernels as bk
 import pytest
 import torch
-from bio_kernels import _index
+from bio_kernels import _index, _registration
 from bio_kernels.testing import active_neurons
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +99,56 @@ def test_anything_else_is_inverted_anew(built: list[int], other: str) -> None:
     in_a_backward_pass(lambda: found.extend(_index.inverted(*each) for each in ((idx, 20, count), arguments)))
     assert len(built) == 2
     assert found[1].neuron.tolist() == [neuron for neuron, _ in listed(*arguments)]
+
+
+def test_a_count_that_is_gone_is_not_mistaken_for_none(built: list[int]) -> None:
+    idx, found = active_neurons(3, 20, 5), []
+
+    def both() -> None:
+        count = torch.tensor([5, 2, 0])
+        _index.inverted(idx, 20, count)
+        del count
+        found.append(_index.inverted(idx, 20))
+
+    in_a_backward_pass(both)
+    assert len(built) == 2
+    assert 20 not in found[0].neuron.tolist(), "no slot is left out"
+
+
+def test_gradients_of_all_slots_after_attention_with_a_temporary_count() -> None:
+    """Attention's backward comes first, lets its count go, and leaves an index with fewer slots behind."""
+    idx, lengths = active_neurons(2, 20, 5), torch.tensor([2, 3])
+    table, strength = torch.rand(20, 4, requires_grad=True), torch.rand(20, 20, requires_grad=True)
+    rows = bk.weighted_rows(table, idx, torch.ones(2, 5))
+    q = rows[:, None, None, :].expand(-1, 1, 5, -1).contiguous()
+    bk.sparse_attention(q, q, q, idx, strength, count=lengths.clamp(max=5)).sum().backward()
+    expected = torch.zeros(20).index_add_(0, idx.flatten(), torch.ones(10))
+    assert table.grad is not None
+    assert torch.equal(table.grad.ne(0).any(1), expected > 0)
+
+
+def test_what_the_dispatcher_calls_shares_nothing(built: list[int]) -> None:
+    """A compiled graph keeps its tensors in a memory pool that must be empty of others' when it is replayed."""
+    table, idx = torch.rand(20, 2), active_neurons(3, 20, 5)
+    arguments = (table, 20, None, None, 0, idx, torch.rand(3, 5), torch.rand(3, 2), "reference")
+    in_a_backward_pass(lambda: [torch.ops.bio_kernels.weighted_rows_backward_table(*arguments)])
+    assert len(built) == 1
+    assert not _index._shared
+    in_a_backward_pass(lambda: [_registration.weighted_rows_backward_table(*arguments)])
+    assert len(_index._shared) == 1
+
+
+def test_each_stream_has_its_own(built: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    streams = iter([1, 1, 2])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device=None: type("Stream", (), {"cuda_stream": next(streams)})
+    )
+    idx = active_neurons(3, 20, 5).as_subclass(Elsewhere)
+    in_a_backward_pass(lambda: [_index.inverted(idx, 20) for _ in range(3)])
+    assert len(built) == 2
 
 
 CHANGES: dict[str, Callable[[Tensor, Tensor], object]] = {

@@ -34,7 +34,7 @@ TORCH_FILES = {
     "reference": {"_index"},
     "reference_pairs": {"_index", "reference"},
     "testing": {"block_sparse"},
-    "_operator": set(),
+    "_operator": {"_backend", "_index"},
     "_registration": {"_index", "_checks", "_operator", "reference", "reference_pairs"},
     "_autograd": {"_registration", "_operator", "_index", "reference"},
     "ops": {"_autograd", "_registration", "_checks", "dense", "block_sparse", "_backend", "_index"},
@@ -98,7 +98,7 @@ def test_bio_kernels(path: Path) -> None:
 
 
 def test_devices_are_asked_about_in_one_place() -> None:
-    """Only _backend chooses by device; a kernel file may ask for its architecture, the index about a graph capture."""
+    """Only _backend chooses by device; a kernel file may ask for its architecture, the index for its stream."""
     for path in sources(KERNELS):
         if path.stem not in ("_backend", "_storage", "_index"):
             assert "torch.cuda" not in path.read_text(encoding="utf8"), path.name

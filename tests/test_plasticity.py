@@ -179,9 +179,15 @@ def test_strided_activities(way: Way) -> None:
     x = arguments(6, 16, 5)
     ours = {name: leaf(value, way).detach() for name, value in x.items()}
     expected = bk.update_strength_(**{**ours, "strength": ours["strength"].clone()}, eta=0.3, backend=way.backend)
+    before = ours["strength"].clone()
     for name in ("idx", "pre", "post"):
         ours[name] = ours[name].t().contiguous().t()
     assert same_bits(bk.update_strength_(**ours, eta=0.3, backend=way.backend), expected)
+    count = torch.tensor([5, 0, 3, 1, 4, 2], device=way.device)
+    ours["strength"] = before.clone()
+    expected = bk.update_strength_(**{**ours, "strength": before}, eta=0.3, count=count, backend=way.backend)
+    strided = torch.stack([count, count + 9], 1)[:, 0]
+    assert same_bits(bk.update_strength_(**ours, eta=0.3, count=strided, backend=way.backend), expected)
 
 
 @every_way(single=True)

@@ -83,7 +83,8 @@ def exact(x: Any) -> Any:
 
 def gradient(x: Any) -> Tensor | None:
     grad = x.blocks.grad if isinstance(x, bk.BlockSparse) else x.grad
-    return grad.to_dense() if grad is not None and grad.layout != torch.strided else grad
+    # coalesced first: on a GPU to_dense() alone adds by atomics
+    return grad.coalesce().to_dense() if grad is not None and grad.layout != torch.strided else grad
 
 
 def values_of(x: Tensor | bk.BlockSparse) -> Tensor:

@@ -35,6 +35,7 @@ FORWARD = {
     (4, ANY, 128): (32, 64, 8, 1),
     (4, ANY, ANY): (16, 32, 8, 1),
 }
+WIDE = 512  # wider heads should run, no more: at 1,024 bfloat16 takes 128 KiB, float32 spills (compiled, sm_90)
 # 160 KiB of shared memory and more for a program; "cpu" is the interpreter. Others get small tiles (gfx942 has 64 KiB).
 ROOMY = ("cpu", "sm_80", "sm_90", "sm_100", "sm_103")
 
@@ -186,6 +187,8 @@ def launch_shape(table: dict, q: Tensor) -> tuple[tuple[int], dict]:
     block_m, block_n = min(block_m, whole), min(block_n, whole)
     # Narrower than 64, the layout of the second dot repeats the scores over the warps and spills (compiled, sm_90).
     block_d = max(64, triton.next_power_of_2(width))
+    if block_d > WIDE:  # two rows of such a tile and its gradients have to fit into shared memory
+        block_m, block_n, stages = 16, 16, 1
     arch = _storage.arch_of(q)
     if arch not in ROOMY:
         block_m, block_n, stages = min(block_m, 32), min(block_n, 32), 1

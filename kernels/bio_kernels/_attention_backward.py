@@ -182,7 +182,7 @@ def attention_backward(
     dbias = None if storage is None else new_dbias(q.shape[0], size, size, dtype=torch.float32, device=q.device)
     dgate = torch.empty(gate.shape, dtype=torch.float32, device=q.device) if gate is not None else None
     if q.numel() == 0:
-        return dq, dk, dv, dbias, dgate
+        return dq, dk, dv, *(None if x is None else x.zero_() for x in (dbias, dgate))
     common = {
         "dout_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, "delta_ptr": delta, "bias_ptr": bias,
         "gate_ptr": gate, "count_ptr": count, "K": size, "scale": scale,

@@ -144,16 +144,29 @@ def _rows_coo(table: Tensor, idx: Tensor, weight: Tensor, grad_out: Tensor) -> T
     """The gradient of a table (N, M) as a sparse COO tensor: of whole rows, or of single entries where grad_out is
     mostly zeros."""
     wide = wide_dtype(table.dtype)
+    idx, outside = _inside(idx, table.shape[0])
     few = nonzero_entries(grad_out)
     if few is None:
         where = idx.flatten()[None]
-        values = (weight.to(wide)[:, :, None] * grad_out.to(wide)[:, None, :]).flatten(0, 1)
+        values = weight.to(wide)[:, :, None] * grad_out.to(wide)[:, None, :]
+        values = (values if outside is None else values.masked_fill(outside[:, :, None], 0)).flatten(0, 1)
     else:
         sample, column, value = few
         row, column = torch.broadcast_tensors(idx[sample], column[:, None])
         where = torch.stack([row.flatten(), column.flatten()])
-        values = (weight[sample].to(wide) * value.to(wide)[:, None]).flatten()
+        values = weight[sample].to(wide) * value.to(wide)[:, None]
+        values = (values if outside is None else values.masked_fill(outside[sample], 0)).flatten()
     return torch.sparse_coo_tensor(where, values.to(table.dtype), table.shape, check_invariants=False)
+
+
+def _inside(idx: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+    """idx with 0 in place of what is out of 0..n-1, and where that was; None on a CPU, whose values were checked."""
+    return (idx, None) if idx.is_cpu else _masked(idx, n)
+
+
+def _masked(idx: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    outside = (idx < 0) | (idx >= n)
+    return idx.masked_fill(outside, 0), outside
 
 
 class SparseAttention(Function):
@@ -203,6 +216,9 @@ class SparseAttention(Function):
 
 def _pairs_coo(grad_bias: Tensor, idx: Tensor, count: Tensor | None, n: int) -> Tensor:
     """The gradient of a dense strength as a sparse COO tensor; pairs that are not in use hold zeros at (0, 0)."""
+    idx, outside = _inside(idx, n)
+    if outside is not None:
+        grad_bias = grad_bias.masked_fill(outside[:, :, None] | outside[:, None, :], 0)
     if count is not None:
         idx = torch.where(torch.arange(idx.shape[1], device=idx.device) < count[:, None], idx, 0)
     pre, post = torch.broadcast_tensors(idx[:, :, None], idx[:, None, :])

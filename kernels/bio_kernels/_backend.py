@@ -12,6 +12,8 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,3 +114,12 @@ def backend_info() -> dict[str, str | bool | None]:
         "cpu_backend": "reference" if setting == "auto" else setting,
         "gpu_backend": gpu if torch.cuda.is_available() else None,
     }
+
+
+def on_its_device(body: Callable[..., Any], *args: Any) -> Any:
+    """body(*args), launched on the GPU that holds the first tensor: Triton takes torch's current one."""
+    first = next((x for x in args if isinstance(x, Tensor)), None)
+    if first is None or first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+        return body(*args)
+    with torch.cuda.device(first.device):
+        return body(*args)

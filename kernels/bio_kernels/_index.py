@@ -9,7 +9,10 @@ one owner per neuron, needs no atomics: the order of the terms is fixed, and so 
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -67,24 +70,40 @@ def invert(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
     return InvertedIndex(neuron, entry.to(small))
 
 
-_shared: list[tuple[int, weakref.ref[Tensor], weakref.ref[Tensor] | None, int, InvertedIndex]] = []
+# (backward pass, stream), idx, count, n, and what was built of them
+_shared: list[tuple[tuple[int, int], weakref.ref[Tensor], weakref.ref[Tensor] | None, int, InvertedIndex]] = []
 _SHARED = 8  # a model's backward pass works on a few steps at a time; an entry is 8 to 16 bytes an active neuron
+_caller = threading.local()  # .alone: what it calls shares nothing
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it ``inverted`` shares nothing: for what torch.compile calls, whose tensors die with its memory pool."""
+    before = getattr(_caller, "alone", False)
+    _caller.alone = True
+    try:
+        yield
+    finally:
+        _caller.alone = before
 
 
 def inverted(idx: Tensor, n: int, count: Tensor | None = None) -> InvertedIndex:
     """``invert``, shared: within one backward pass the same tensors give the index that was built for them.
 
     Only there can nothing change an index unseen: between passes a loader may refill it, or a CUDA graph that is
-    replayed, without a trace that could be checked without waiting for the device.
+    replayed, without a trace that could be checked without waiting for the device. Each stream has its own: another
+    one would not wait until it is built.
     """
     task = torch._C._current_graph_task_id()
-    if task == -1:
+    if task == -1 or getattr(_caller, "alone", False):
         return invert(idx, n, count)
-    for key, idx_ref, count_ref, pool, built in _shared:
-        same_count = count is None if count_ref is None else count_ref() is count
-        if key == task and idx_ref() is idx and same_count and pool == n:
+    key = (task, torch.cuda.current_stream(idx.device).cuda_stream if idx.is_cuda else 0)
+    for built_in, idx_ref, count_ref, pool, built in _shared:
+        without = count is None and count_ref is None
+        same_count = without or (count is not None and count_ref is not None and count_ref() is count)
+        if key == built_in and idx_ref() is idx and same_count and pool == n:
             return built
     built = invert(idx, n, count)
-    _shared.insert(0, (task, weakref.ref(idx), None if count is None else weakref.ref(count), n, built))
+    _shared.insert(0, (key, weakref.ref(idx), None if count is None else weakref.ref(count), n, built))
     del _shared[_SHARED:]
     return built

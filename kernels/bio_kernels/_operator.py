@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._backend import on_its_device
+from ._index import alone
+
 _LIBRARY = torch.library.Library("bio_kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -36,11 +39,15 @@ class Operator:
     def __init__(self, body: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
         self.name, self.body = body.__name__, body
         _LIBRARY.define(self.name + torch.library.infer_schema(body, mutates_args=mutates))
-        _LIBRARY.impl(self.name, body, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self._dispatched, "CompositeExplicitAutograd")
         self.packet = getattr(torch.ops.bio_kernels, self.name)
 
     def __call__(self, *args: Any) -> Any:
-        return self.packet(*args) if _traced(args) else self.body(*args)
+        return self.packet(*args) if _traced(args) else on_its_device(self.body, *args)
+
+    def _dispatched(self, *args: Any) -> Any:
+        with alone():
+            return on_its_device(self.body, *args)
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         torch.library.register_fake(f"bio_kernels::{self.name}", fake, lib=_LIBRARY)

@@ -35,6 +35,10 @@ def _storage(
     return Storage(values.contiguous(), n, row_offsets, cols, search_steps)
 
 
+def _contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else x.contiguous()
+
+
 def _table(
     table: Tensor, n: int, row_offsets: Optional[Tensor], cols: Optional[Tensor], search_steps: int
 ) -> Tensor | Storage:
@@ -162,12 +166,11 @@ def sparse_attention(
     _checks.indices(idx, n, count, distinct=True)
     if gate is not None:
         _checks.gates(gate, count)
-        gate = gate.contiguous()
     _checks.finite(q=q, k=k, v=v)
     storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
     impl = _pairs(backend, "_attention")
     q, k, v, idx = (x.contiguous() for x in (q, k, v, idx))
-    return impl.attention_forward(q, k, v, idx, storage, gate, count, scale)
+    return impl.attention_forward(q, k, v, idx, storage, _contiguous(gate), _contiguous(count), scale)
 
 
 @sparse_attention.register_fake
@@ -197,7 +200,7 @@ def sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of the bias (B, K pre, K post) and of the gate; an empty tensor where there is none."""
     storage = None if strength is None else _storage(strength, n, row_offsets, cols, search_steps)
-    gates = None if gate is None else gate.contiguous()
+    gates, count = _contiguous(gate), _contiguous(count)
     impl = _pairs(backend, "_attention_backward")
     grad_out, q, k, v, idx = (x.contiguous() for x in (grad_out, q, k, v, idx))
     *grads, grad_bias, grad_gate = impl.attention_backward(
@@ -228,7 +231,7 @@ def pair_gradient(
     backend: str,
 ) -> Tensor:
     storage = Storage(strength, n, row_offsets, cols, search_steps)
-    return _pairs(backend, "_pairs").pair_gradient(delta.contiguous(), idx.contiguous(), count, storage)
+    return _pairs(backend, "_pairs").pair_gradient(delta.contiguous(), idx.contiguous(), _contiguous(count), storage)
 
 
 @pair_gradient.register_fake
@@ -258,7 +261,8 @@ def update_strength_(
         return
     storage = _storage(strength, n, row_offsets, cols, search_steps)
     impl = _pairs(backend, "_plasticity")
-    impl.update_strength(storage, idx.contiguous(), pre.contiguous(), post.contiguous(), eta, decay, bound, count)
+    idx, pre, post = idx.contiguous(), pre.contiguous(), post.contiguous()
+    impl.update_strength(storage, idx, pre, post, eta, decay, bound, _contiguous(count))
     if storage.values.data_ptr() != strength.data_ptr():  # strided: a copy was updated
         strength.copy_(storage.values)
     torch.autograd.graph.increment_version(strength)  # below autograd, and in a kernel, nobody else does

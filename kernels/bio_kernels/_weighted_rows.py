@@ -139,9 +139,9 @@ def _sparse_forward_kernel(
 def _sparse_weight_kernel(
     values_ptr, row_offsets_ptr, cols_ptr, idx_ptr, grad_ptr, out_ptr, n, slots, P: tl.constexpr, BLOCK: tl.constexpr
 ):
-    pid_b = tl.program_id(0).to(tl.int64)
-    pid_j = tl.program_id(1)
-    neuron = tl.load(idx_ptr + pid_b * slots + pid_j).to(tl.int64)
+    pid = tl.program_id(0)  # one dimension: the others end at 65,535
+    pid_b = (pid // slots).to(tl.int64)
+    neuron = tl.load(idx_ptr + pid).to(tl.int64)
     valid = (neuron >= 0) & (neuron < n)
     begin = tl.load(row_offsets_ptr + neuron // P, mask=valid, other=0).to(tl.int64)
     end = tl.load(row_offsets_ptr + neuron // P + 1, mask=valid, other=0).to(tl.int64)
@@ -153,7 +153,7 @@ def _sparse_weight_kernel(
         x = tl.load(values_ptr + block * (P * P) + (neuron % P) * P + offs % P, mask=block < end, other=0.0)
         grad = tl.load(grad_ptr + pid_b * n + col * P + offs % P, mask=block < end, other=0.0)
         acc += x.to(tl.float32) * grad.to(tl.float32)
-    tl.store(out_ptr + pid_b * slots + pid_j, tl.sum(acc, axis=0))
+    tl.store(out_ptr + pid, tl.sum(acc, axis=0))
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def weighted_rows_backward_weight(table: Tensor | Storage, idx: Tensor, grad_out
     if isinstance(table, Storage):
         p = table.block_size
         block = min(p * triton.next_power_of_2(max(1, 2**table.search_steps - 1)), SPAN)
-        _sparse_weight_kernel[(batch, slots)](
+        _sparse_weight_kernel[(batch * slots,)](
             values_ptr=table.values, row_offsets_ptr=table.row_offsets, cols_ptr=table.cols, idx_ptr=idx,
             grad_ptr=grad_out, out_ptr=out, n=table.n, slots=slots, P=p, BLOCK=block, num_warps=2,
         )  # fmt: skip

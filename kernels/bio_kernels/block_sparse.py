@@ -73,8 +73,8 @@ class BlockSparse(nn.Module):
             self.blocks = blocks
         else:
             self.register_buffer("blocks", blocks)
-        self.register_buffer("row_offsets", row_offsets)
-        self.register_buffer("cols", cols)
+        self.register_buffer("row_offsets", row_offsets.contiguous())
+        self.register_buffer("cols", cols.contiguous())
         self._search_steps = _search_steps(row_offsets)
 
     @classmethod

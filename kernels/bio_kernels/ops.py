@@ -46,7 +46,7 @@ def topk_gather(
         table: (N, D), or (B, N, D) where each sample has its own; same dtypes, its own choice of them.
         k: number of active neurons, 1 <= k <= N.
         sparse_grad: the gradient of a (N, D) table arrives as a torch.sparse_coo tensor, one row for each (b, j),
-            not coalesced; as in torch.gather. The dense backend ignores it.
+            not coalesced, see ``shared_table``; as in torch.gather. The dense backend ignores it.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:
@@ -106,7 +106,7 @@ def sparse_attention(
         count: (B,) int32 or int64 in 0..K: only the first count[b] slots are read, the others' output is 0. None: all.
         scale: factor of q.k; None for Dh ** -0.5.
         sparse_grad: the gradient of a dense strength arrives as a torch.sparse_coo tensor of B*K*K entries, not
-            coalesced. No effect on a BlockSparse, nor on the dense backend.
+            coalesced, see ``shared_table``. No effect on a BlockSparse, nor on the dense backend.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:
@@ -166,8 +166,8 @@ def weighted_rows(
         idx: (B, K) int32 or int64 in 0..N-1; repeats add.
         weight: (B, K) float, dimensionless; its own dtype.
         sparse_grad: the gradient of a (N, M) table arrives as a torch.sparse_coo tensor of B*K rows (on a CPU, of
-            single entries if most of out's gradient is 0), not coalesced. No effect on a BlockSparse, nor on the dense
-            backend.
+            single entries if most of out's gradient is 0), not coalesced, see ``shared_table``. No effect on a
+            BlockSparse, nor on the dense backend.
         backend: "auto", "triton", "reference" or "dense".
 
     Returns:
@@ -290,7 +290,8 @@ def shared_table(table: Tensor, uses: int) -> tuple[Tensor, ...]:
     Raises:
         TypeError, ValueError: table is not a strided tensor, or uses < 1.
 
-    Gradients: the sum of the aliases' gradients, strided; the order of the sum is fixed.
+    Gradients: the sum of the aliases' gradients, strided, in a fixed order; torch alone adds uncoalesced ones on a GPU
+        by atomics, in any.
     """
     _checks.tensor("table", table, "of any shape", tuple(range(9)))
     _checks.integer("uses", uses, 1, 2**31, "2**31")
