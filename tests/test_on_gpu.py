@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ pytest.importorskip("triton")
 
 from benchmarks import on_gpu
 from benchmarks.gpu import closing, journal, parity
-from benchmarks.gpu.journal import DeviceLost, Journal, LeftOut
+from benchmarks.gpu.journal import Journal, LeftOut
 from benchmarks.gpu.setting import Setting
 
 pytestmark = [
@@ -32,7 +31,7 @@ Jobs = dict[str, Callable[[], dict[str, Any]]]
 @pytest.fixture(autouse=True)
 def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rehearsal sets is taken back; of each list of shapes it takes the first alone."""
-    for name, value in (("TRITON_INTERPRET", "1"), ("BIO_KERNELS_BACKEND", "triton"), (on_gpu.RESTARTS, "0")):
+    for name, value in (("TRITON_INTERPRET", "1"), ("BIO_KERNELS_BACKEND", "triton")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Setting, "few", lambda self, items, number=1: list(items)[:1])
 
@@ -49,13 +48,14 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         module.rows = rows  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(on_gpu.NAMED, "made_up", on_gpu.Step("made_up", 1, "made_up", "rows", checks, "made up"))
+        made_up = on_gpu.Step("made_up", 1, 60, "made_up", "rows", checks, "made up")
+        monkeypatch.setitem(on_gpu.NAMED, "made_up", made_up)
 
     return make
 
 
-def rehearse(out: Path, *steps: str) -> int:
-    return on_gpu.main([*steps, "--out", str(out), "--rehearse"])
+def rehearse(out: Path, *arguments: str) -> int:
+    return on_gpu.main([*arguments, "--out", str(out), "--rehearse"], supervised=False)
 
 
 def held(out: Path, name: str) -> dict[str, Any]:
@@ -81,18 +81,13 @@ def test_list_names_every_step(capsys: pytest.CaptureFixture) -> None:
         (["parity", "tuning_x", "--out", "d"], "unknown step tuning_x; there are: environment, parity"),
         (["parity"], "--out DIR is needed"),
         ([], "name a step, all, or collect"),
+        (["language", "--out", "d", "--data", "no/text.txt"], "--data must be a file, got no/text.txt"),
     ],
 )
 def test_wrong_commands(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
         on_gpu.main(arguments)
     assert said in " ".join(capsys.readouterr().err.split())
-
-
-def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no GPU here; --rehearse"):
-        on_gpu.main(["parity", "--out", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------- rehearsals
@@ -180,7 +175,7 @@ def test_what_is_cut_every_time_is_left_behind(tmp_path: Path, step: Callable[..
 
 def test_no_row_is_begun_when_time_is_out(tmp_path: Path, step: Callable[..., None], capsys) -> None:
     step({"first": dict})
-    assert on_gpu.main(["made_up", "--out", str(tmp_path), "--rehearse", "--minutes", "-1"]) == 0
+    assert rehearse(tmp_path, "made_up", "--minutes", "-1") == 0
     assert statuses(tmp_path) == {}
     assert "made_up: NOT COMPLETE, nothing done" in capsys.readouterr().out
 
@@ -216,34 +211,35 @@ def test_again_repeats_what_was_not_ok(tmp_path: Path, step: Callable[..., None]
     step({"fine": lambda: ran.append("fine") or {}, "doubtful": doubtful})
     assert rehearse(tmp_path, "made_up") == 1
     assert rehearse(tmp_path, "made_up") == 1  # what is known is told again
-    assert on_gpu.main(["made_up", "--out", str(tmp_path), "--rehearse", "--again"]) == 0
+    assert rehearse(tmp_path, "made_up", "--again") == 0
     assert ran == ["fine", "doubtful", "doubtful"]
 
 
-def test_a_lost_gpu_begins_a_new_process(
-    tmp_path: Path, step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("checks", [True, False])
+def test_an_error_outside_of_the_rows(
+    tmp_path: Path, step: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys, checks: bool
 ) -> None:
-    """After an illegal access nothing works in a process; the row that did it keeps its message."""
-    started: list[list[str]] = []
+    """It is kept, other steps run, and the next call tries again."""
+    step({"first": dict}, checks)
+    module = sys.modules["benchmarks.gpu.made_up"]
+    right = module.rows
 
-    class Replaced(Exception):
-        pass
+    def broken(setting: Setting) -> Iterator[Any]:
+        yield from right(setting)
+        raise KeyError("shape")
 
-    def execv(program: str, command: list[str]) -> None:
-        started.append(command)
-        raise Replaced
-
-    def lost() -> None:
-        raise DeviceLost("illegal memory access")
-
-    monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(journal, "free", lost)
-    step({"first": dict, "second": dict})
-    with pytest.raises(Replaced):
-        rehearse(tmp_path, "made_up")
+    monkeypatch.setattr(module, "rows", broken)
+    monkeypatch.setitem(on_gpu.NAMED, "absent", on_gpu.NAMED["made_up"]._replace(name="absent", module="not_there"))
+    assert rehearse(tmp_path, "absent", "made_up") == int(checks)
+    assert statuses(tmp_path, "absent") == {"step": "error"}
+    assert "No module named 'benchmarks.gpu.not_there'" in held(tmp_path, "absent")["rows"]["step"]["message"]
+    assert statuses(tmp_path) == {"first": "ok", "step": "error"}
+    assert not held(tmp_path, "made_up")["complete"]
+    assert "error  made_up: step: KeyError: 'shape'" in capsys.readouterr().out
+    monkeypatch.setattr(module, "rows", right)
+    assert rehearse(tmp_path, "made_up") == 0
     assert statuses(tmp_path) == {"first": "ok"}
-    assert started[0][1:4] == ["-m", "benchmarks.on_gpu", "made_up"]
-    assert os.environ[on_gpu.RESTARTS] == "1"
+    assert held(tmp_path, "made_up")["complete"]
 
 
 def test_a_rehearsal_and_results_do_not_mix(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def rehearsing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rehearse(out: Path, *more: str) -> dict[str, Any]:
     """What the file of the step holds after a call that nothing was wrong in."""
-    assert on_gpu.main(["language", "--out", str(out), "--rehearse", *more]) == 0
+    assert on_gpu.main(["language", "--out", str(out), "--rehearse", *more], supervised=False) == 0
     return json.loads((out / "language.json").read_text())
 
 

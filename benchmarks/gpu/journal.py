@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .supervision import ANEW
+
 Row = dict[str, Any]
 RUNNING, OK, FAILED, ERROR, LEFT_OUT, CUT = "running", "ok", "failed", "error", "left out", "cut"
-CONCLUSION = "conclusion"
-ATTEMPTS = 2  # a row that was cut that often (a crash, a hang, too long for a call) is not begun again
+CONCLUSION, STEP = "conclusion", "step"  # rows that are no row of a step
+ATTEMPTS = 2  # a row that was cut that often (a crash, too long for a call) is not begun again
 MESSAGE = 600  # characters kept of an error
+SECOND_LINE_S = 30  # after its limit a row ends the process even if no thread of Python can run
 
 
 class LeftOut(Exception):
@@ -38,7 +44,8 @@ class Journal:
     """Runs the rows of a step that are missing in its file.
 
     folder: DIR. end: on the clock time.monotonic(), after which no row is begun. again: rows that are not ok are
-    run once more. Raises: SystemExit if DIR holds a rehearsal and this is none, or the other way round.
+    run once more. limit: seconds of a row, after which this process ends; inf: none.
+    Raises: SystemExit if DIR holds a rehearsal and this is none, or the other way round.
     """
 
     folder: Path
@@ -46,8 +53,10 @@ class Journal:
     rehearsal: bool
     end: float = math.inf
     again: bool = False
+    limit: float = math.inf
     rows: dict[str, Row] = field(default_factory=dict)
     complete: bool = False
+    _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
         if self.path.exists():
@@ -71,11 +80,16 @@ class Journal:
         partial.write_text(json.dumps(held, indent=1, default=str), encoding="utf8")
         os.replace(partial, self.path)
 
+    def _keep(self, key: str, row: Row) -> None:
+        with self._lock:
+            self.rows[key] = row
+            self.write()
+
     def run(self, key: str, job: Callable[[], Row]) -> None:
         """Runs job unless the file has its row; what it raises becomes part of the row.
 
         AssertionError: a check failed. LeftOut: it cannot run here. OutOfTime: it goes on in the next call, and this
-        one does not count as an attempt. Anything else: an error.
+        one does not count as an attempt. Anything else: an error. A row that takes longer than the limit is cut.
         Raises: OutOfTime before a row; DeviceLost after a row that left the GPU unusable.
         """
         old = self.rows.get(key, {"status": RUNNING, "attempts": 0})
@@ -88,19 +102,68 @@ class Journal:
             raise OutOfTime
         self._keep(key, {"status": RUNNING, "attempts": old["attempts"] + 1})
         begin = time.monotonic()
-        try:
-            row = outcome(job)
-        except OutOfTime:
-            self._keep(key, {"status": RUNNING, "attempts": old["attempts"]})
-            raise
-        row = self._honest(row) | {"seconds": round(time.monotonic() - begin, 3)}
-        self._keep(key, row)
-        print(f"{self.step}: {key}: {row['status']} ({row['seconds']:.1f} s)", flush=True)
-        free()
+        with self._watched(key):
+            try:
+                row = outcome(job)
+            except OutOfTime:
+                self._keep(key, {"status": RUNNING, "attempts": old["attempts"]})
+                raise
+            row = self._honest(row) | {"seconds": round(time.monotonic() - begin, 3)}
+            self._keep(key, row)
+            print(f"{self.step}: {key}: {row['status']} ({row['seconds']:.1f} s)", flush=True)
+            free()
 
-    def _keep(self, key: str, row: Row) -> None:
-        self.rows[key] = row
-        self.write()
+    @contextmanager
+    def _watched(self, key: str) -> Iterator[None]:
+        """Within it the row is cut, and this process ended, where the limit is over: no exception ends a kernel.
+
+        A thread does it, for torch waits for the GPU without the interpreter's lock. Where the lock is never given
+        back, the process ends later without a word in the file, and the row is begun once more.
+        """
+        if math.isinf(self.limit):
+            yield
+            return
+        over = threading.Event()
+
+        def cut() -> None:
+            with self._lock:
+                if over.is_set():
+                    return
+                row = self._honest({"status": CUT, "message": f"took more than {self.limit:g} s"})
+                self._keep(key, row)
+                print(f"{self.step}: {key}: {CUT} ({row['message']})", flush=True)
+                faulthandler.dump_traceback()
+                os._exit(ANEW)
+
+        timer = threading.Timer(self.limit, cut)
+        timer.daemon = True
+        timer.start()
+        faulthandler.dump_traceback_later(self.limit + SECOND_LINE_S, exit=True)
+        try:
+            yield
+        finally:
+            with self._lock:
+                over.set()
+            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The whole step runs within it; it is complete if nothing was raised.
+
+        An error outside of its rows (an import, what names the rows) becomes a row too, and the step is tried again in
+        the next call. Raises: OutOfTime, DeviceLost.
+        """
+        self.rows.pop(STEP, None)
+        try:
+            yield
+            self.complete = True
+        except (OutOfTime, DeviceLost):
+            raise
+        except Exception as error:
+            self._keep(STEP, {"status": ERROR, "message": f"{type(error).__name__}: {_short(error)}"})
+            print(f"{self.step}: {ERROR} outside of its rows: {_short(error)}", flush=True)
+            free()
 
     def conclude(self, judge: Callable[[dict[str, Row]], Row]) -> None:
         """Keeps what judge makes of all rows so far as the row "conclusion", each time anew."""
