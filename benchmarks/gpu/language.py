@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .journal import LeftOut, OutOfTime, Row
-from .setting import ROOT, Rows, Setting
+from .setting import Rows, Setting
+from .supervision import ROOT, environment, new_mark
 from .targets import entry, told
 
 NEEDED = ("accelerate", "safetensors", "tqdm")
@@ -86,10 +86,9 @@ def trained(setting: Setting, name: str) -> Row:
         raise OutOfTime
     out = setting.folder.resolve() / "language" / re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with open(out.with_suffix(".log"), "ab") as log:
         child = subprocess.Popen(
-            command(setting, name, out), cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log
+            command(setting, name, out), cwd=ROOT, env=environment(new_mark()), stdout=log, stderr=log
         )
         try:
             code = finished(child, setting.end - CLOSING_S)

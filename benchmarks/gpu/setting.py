@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import subprocess
 import time
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from ..peers import CompileBudget
 from ..session import Session
-from .journal import Row
+from .journal import OutOfTime, Row
+from .supervision import ROOT, end_marked, environment, new_mark
 
-ROOT = Path(__file__).resolve().parents[2]
 Rows = Iterator[tuple[str, Callable[[], Row]]]  # of a step: the key of each row, and what computes it
 
 
@@ -85,16 +86,43 @@ def poisoned() -> Iterator[None]:
         switches.fill_uninitialized_memory = fill
 
 
+def child(setting: Setting, command: list[str], limit: float, **more: str) -> subprocess.CompletedProcess[str]:
+    """What command did in the checkout, more added to its environment, in at most limit seconds.
+
+    It is killed, with all it has started, after that and at the end of this call (of which it gets at least a second).
+    Raises: subprocess.TimeoutExpired after limit; OutOfTime at the end of this call.
+    """
+    allowed = max(1.0, min(limit, setting.end - time.monotonic()))
+    mark = new_mark()
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(mark, **more), capture_output=True, timeout=allowed, check=False,
+            encoding="utf8", errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        if allowed < limit:
+            raise OutOfTime from None
+        raise
+    finally:
+        end_marked(mark)
+
+
 def commit() -> dict[str, Any]:
-    """id and dirty of the checkout, as report.py reads them; {} where git or its folder is missing."""
+    """id and dirty of the checkout, as report.py reads them.
+
+    Where git or its folder is missing: the id that BENCHMARKS_COMMIT holds, or {}.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
+    told = os.environ.get("BENCHMARKS_COMMIT")
+    if not (ROOT / ".git").exists():  # git would find the one of a folder above
+        return {"id": told} if told else {}
     try:
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        return {"id": told} if told else {}
 
 
 def now() -> str:

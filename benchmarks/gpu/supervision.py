@@ -25,21 +25,25 @@ WATCH_S = 2
 
 
 def environment(mark: str, **more: str) -> dict[str, str]:
-    """For a process of this checkout, installed or not, that end_marked(mark) finds with all that it starts."""
+    """For a process that finds this checkout, installed or not, and that end_marked(mark) finds."""
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path).rstrip(os.pathsep), MARK: mark} | more
 
 
 def new_mark() -> str:
-    return f"{os.getpid()}-{time.monotonic_ns()}"
+    """A mark within the one of this process."""
+    return f"{os.environ.get(MARK, '')}/{os.getpid()}-{time.monotonic_ns()}"
 
 
 def end_marked(mark: str) -> None:
-    """Kills every process but this one that was started with the mark, in whatever depth (Linux; elsewhere none)."""
+    """Kills every process but this one that was started with the mark, or one within it (Linux; elsewhere none)."""
+    wanted = f"{MARK}={mark}/".encode()
     for held in Path("/proc").glob("[0-9]*/environ"):
         pid = int(held.parent.name)
         try:
-            if pid != os.getpid() and f"{MARK}={mark}".encode() in held.read_bytes().split(b"\0"):
+            if pid != os.getpid() and any(
+                (entry + b"/").startswith(wanted) for entry in held.read_bytes().split(b"\0")
+            ):
                 os.kill(pid, signal.SIGKILL)
         except OSError:  # it has ended, or belongs to somebody else
             continue
