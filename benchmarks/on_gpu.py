@@ -44,12 +44,15 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("environment", 0.2, 120, "machine", "rows", False, "names, versions, copy bandwidth, rate of matrix products"),
-    Step("parity", 3, 120, "parity", "rows", True, "every operation: outputs and gradients, dtypes, storages, sizes"),
+    Step("parity_topk", 4, 120, "parity", "topk_rows", True, "topk_gather: outputs and gradients, dtypes, sizes"),
+    Step("parity_attention", 4, 120, "parity", "attention_rows", True, "sparse_attention, likewise, and storages"),
+    Step("parity_rows", 4, 120, "parity", "weighted_rows_rows", True, "weighted_rows, likewise"),
+    Step("parity_update", 4, 120, "parity", "update_rows", True, "update_strength_, likewise"),
     Step("tests", 6, 540, "suite_of_tests", "rows", True, "the GPU cases of tests/, a file at a time"),
-    Step("determinism", 2, 120, "determinism", "rows", True, "the same bits 100 times, hot neurons (T12)"),
+    Step("determinism", 4, 120, "determinism", "rows", True, "the same bits 100 times, hot neurons (T12)"),
     Step("graphs", 4, 120, "modes", "rows", True, "CUDA graphs, torch.compile, autocast"),
     Step("addressing", 1, 120, "addressing", "rows", True, "matrices of more than 2**31 elements"),
-    Step("sanitizer", 8, 300, "sanitizer", "rows", True, "compute-sanitizer: memcheck and racecheck, smallest shapes"),
+    Step("sanitizer", 10, 300, "sanitizer", "rows", True, "compute-sanitizer: memcheck and racecheck, small shapes"),
     Step("targets", 10, 300, "targets", "rows", False, "T1 to T10 against all peers, in CUDA graphs"),
     Step("model", 12, 300, "model", "rows", False, "SPROUT's and BioHama's steps against the naive model (T11)"),
     Step("million", 2, 300, "model", "million_rows", False, "a step of 1,048,576 neurons, peak memory (T7)"),
@@ -63,18 +66,20 @@ STEPS = (
     Step("language", 25, math.inf, "language", "rows", False, "SPROUT at nanoGPT's GPU budget, needs --data FILE"),
 )
 NAMED = {step.name: step for step in STEPS}
+GROUPS = {"parity": [name for name in NAMED if name.startswith("parity_")], "all": list(NAMED)}
 
 
 def listing() -> str:
     lines = [f"{step.name:17}{step.minutes:5.1f} min  {step.what}" for step in STEPS]
+    lines += [f"{'parity':17}           stands for {', '.join(GROUPS['parity'])}"]
     return "\n".join([*lines, "minutes are estimates for an H200; what a call leaves, the next one does"])
 
 
 def chosen(names: list[str], parser: argparse.ArgumentParser) -> list[Step]:
-    unknown = [name for name in names if name not in NAMED and name != "all"]
+    unknown = [name for name in names if name not in NAMED and name not in GROUPS]
     if unknown:
-        parser.error(f"unknown step {', '.join(unknown)}; there are: {', '.join(NAMED)}, all, collect")
-    return list(STEPS) if "all" in names else [NAMED[name] for name in names]
+        parser.error(f"unknown step {', '.join(unknown)}; there are: {', '.join([*NAMED, *GROUPS])}, collect")
+    return [NAMED[name] for name in dict.fromkeys(found for name in names for found in GROUPS.get(name, [name]))]
 
 
 # -------------------------------------------------------------------------------- the process that works

@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks import on_gpu
-from benchmarks.gpu import closing, journal, parity
+from benchmarks.gpu import closing, determinism, journal, parity
 from benchmarks.gpu.journal import Journal, LeftOut
 from benchmarks.gpu.setting import Setting
 
@@ -73,6 +73,7 @@ def test_list_names_every_step(capsys: pytest.CaptureFixture) -> None:
     assert on_gpu.main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert all(f"{step.name} " in printed and step.what in printed for step in on_gpu.STEPS)
+    assert "stands for parity_topk, parity_attention, parity_rows, parity_update" in printed
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_wrong_commands(arguments: list[str], said: str, capsys: pytest.CaptureF
 # ------------------------------------------------------------------------------------------------- rehearsals
 
 
-@pytest.mark.parametrize("name", ["environment", "parity", "addressing", "tuning_select"])
+@pytest.mark.parametrize("name", ["environment", "parity_rows", "addressing", "tuning_select"])
 def test_rehearsal(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert rehearse(tmp_path, name) == 0
     found = held(tmp_path, name)
@@ -123,14 +124,51 @@ def test_a_wrong_kernel_is_recorded_and_fails(
         return out * 1.001 if backend == "triton" else out
 
     monkeypatch.setattr(bk, "weighted_rows", wrong)
-    for other in ("TOPK", "ATTENTION", "UPDATE"):
-        monkeypatch.setattr(parity, other, [])
-    assert rehearse(tmp_path, "parity") == 1
-    failed = {key: row for key, row in held(tmp_path, "parity")["rows"].items() if row["status"] == "failed"}
-    assert failed
-    assert all(key.startswith("weighted") for key in failed)
-    assert all("output 0: error 0.001" in row["message"] for row in failed.values())
-    assert "FAILED  parity: weighted" in capsys.readouterr().out
+    monkeypatch.setattr(parity, "TOPK", [])
+    assert rehearse(tmp_path, "parity_topk", "parity_rows") == 1
+    assert statuses(tmp_path, "parity_topk") == {}
+    found = held(tmp_path, "parity_rows")["rows"].values()
+    assert found
+    assert all("output 0: error 0.001" in row["message"] for row in found if row["status"] == "failed")
+    assert {row["status"] for row in found} == {"failed"}
+    assert "FAILED  parity_rows: float32 dense B2" in capsys.readouterr().out
+
+
+def test_bits_that_differ_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every row of the step determinism whose operation it is; in every third run."""
+    right, calls = bk.sparse_attention, []
+
+    def wrong(*args: Any, **how: Any) -> Tensor:
+        calls.append(how)
+        return right(*args, **how) * (1 + 1e-7 * (len(calls) % 3 == 0))
+
+    monkeypatch.setattr(bk, "sparse_attention", wrong)
+    attention = {"sparse_attention": determinism.OPERATIONS["sparse_attention"]}
+    ways = {name: determinism.ATTENTION[name] for name in ("without gate", "with count")}
+    topk = {"topk_gather": determinism.OPERATIONS["topk_gather"]}
+    monkeypatch.setattr(determinism, "OPERATIONS", topk | attention)
+    monkeypatch.setattr(determinism, "ATTENTION", ways)
+    assert rehearse(tmp_path, "determinism") == 1
+    found = held(tmp_path, "determinism")["rows"]
+    assert {key for key, row in found.items() if row["status"] == "ok"} == {key for key in found if "topk" in key}
+    failed = [row["message"] for row in found.values() if row["status"] == "failed"]
+    assert len(failed) == 2 + 2
+    assert all("run 2 of 3 differs from the first in output 0, gradient of q" in message for message in failed)
+    assert sum("count" in how for how in calls) == sum("gate" not in how for how in calls) == 3
+
+
+def test_steps_of_a_name() -> None:
+    def names(*given: str) -> list[str]:
+        return [step.name for step in on_gpu.parsed([*given, "--out", "d"])[1]]
+
+    parts = ["parity_topk", "parity_attention", "parity_rows", "parity_update"]
+    assert names("parity") == parts
+    assert names("parity_rows", "tests", "parity") == [
+        "parity_rows",
+        "tests",
+        *(p for p in parts if p != "parity_rows"),
+    ]
+    assert names("all") == [step.name for step in on_gpu.STEPS]
 
 
 # ------------------------------------------------------------------------------------------------- the journal
@@ -243,9 +281,9 @@ def test_an_error_outside_of_the_rows(
 
 
 def test_a_rehearsal_and_results_do_not_mix(tmp_path: Path) -> None:
-    Journal(tmp_path, "parity", rehearsal=True).write()
+    Journal(tmp_path, "parity_rows", rehearsal=True).write()
     with pytest.raises(SystemExit, match="holds a rehearsal: take another --out"):
-        Journal(tmp_path, "parity", rehearsal=False)
+        Journal(tmp_path, "parity_rows", rehearsal=False)
 
 
 def test_the_end_is_short(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from bio_kernels.testing import make_inputs
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import sanitizer, setting, smallest, suite_of_tests
+from benchmarks.gpu import condition, sanitizer, setting, smallest, suite_of_tests
 from benchmarks.gpu.determinism import OPERATIONS
-from benchmarks.gpu.journal import LeftOut, OutOfTime
+from benchmarks.gpu.journal import Journal, LeftOut, OutOfTime
 from benchmarks.gpu.setting import Setting, child
 
 # ------------------------------------------------------------------------------------------------- child processes
@@ -223,3 +224,37 @@ def test_the_commit_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert setting.commit() == {"id": "0123abc"}
     monkeypatch.delenv("BENCHMARKS_COMMIT")
     assert setting.commit() == {}
+
+
+# ------------------------------------------------------------------------------------------------- the GPU's condition
+
+SMI = """#!/bin/sh
+case "$1" in *{known}*) echo "570.1, 1980 MHz, 2619 MHz, 75.20 W, 30, 0x0000000000000001"; echo "570.1, second GPU";;
+*) echo "Field is not a valid field to query."; exit 2;; esac
+"""
+
+
+@pytest.mark.parametrize("known", condition.REASONS)
+def test_a_step_says_how_fast_the_gpu_ran(known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the old name of a field and by the new one."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI.format(known=known))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for number in (1, 2):
+        journal = Journal(tmp_path / "out", "step", rehearsal=False)
+        with journal.whole():
+            journal.run(str(number), dict)
+    held = json.loads((tmp_path / "out" / "step.json").read_text())["gpu"]
+    assert [reading["when"] for reading in held] == ["start", "end"] * 2
+    assert held[0]["clocks.sm"] == "1980 MHz"
+    assert held[0]["clocks_throttle_reasons.active"] == "0x0000000000000001"
+
+
+def test_a_machine_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert condition.read() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    assert condition.read() is None

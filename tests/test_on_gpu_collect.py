@@ -14,8 +14,8 @@ from benchmarks.gpu.journal import Journal
 
 def test_a_rehearsal_is_never_collected(tmp_path: Path) -> None:
     Journal(tmp_path, "environment", rehearsal=False).write()
-    Journal(tmp_path, "parity", rehearsal=True).write()
-    with pytest.raises(SystemExit, match="parity rehearsed without a GPU: those are no results"):
+    Journal(tmp_path, "parity_rows", rehearsal=True).write()
+    with pytest.raises(SystemExit, match="parity_rows rehearsed without a GPU: those are no results"):
         on_gpu.main(["collect", "--out", str(tmp_path)])
 
 
@@ -33,7 +33,7 @@ def test_collected_results_are_a_recorded_run(tmp_path: Path) -> None:
         },
         "suite": {"a": row, "b": {"status": "error", "message": "broke"}},
         "targets": {"T1": {**row, "targets": [{**target, "reached": True}]}},
-        "parity": {"x": {"worst": 1e-6}},
+        "parity_rows": {"x": {"worst": 1e-6}},
     }
     for name, rows in steps.items():
         made = Journal(tmp_path / "out", name, rehearsal=False)
@@ -47,12 +47,12 @@ def test_collected_results_are_a_recorded_run(tmp_path: Path) -> None:
     assert "Measured on NVIDIA H200" in text
     assert "commit 0123456789" in text
     assert "T1 reached: 3x (target >= 2.5x) attention" in text
-    assert run["steps"]["parity"]["rows"]["x"]["worst"] == 1e-6
+    assert run["steps"]["parity_rows"]["rows"]["x"]["worst"] == 1e-6
 
 
 def test_nothing_is_collected_without_the_machine(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no results there"):
         collect.read(tmp_path)
-    Journal(tmp_path, "parity", rehearsal=False).write()
+    Journal(tmp_path, "parity_rows", rehearsal=False).write()
     with pytest.raises(SystemExit, match="the step environment is missing"):
         collect.write(tmp_path, tmp_path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bio_kernels.testing import Inputs, make_inputs
+from bio_kernels.testing import Inputs, generator, make_inputs
 
 from ..case import clone_inputs
 from . import parity
@@ -24,11 +24,30 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
 }
 
 
-def inputs_for(setting: Setting, storage: str, seed: int = 0, batch: int = 256) -> Inputs:
+# what attention does differently -> (changed sizes, arguments, storages)
+GATED = OPERATIONS["sparse_attention"][1]
+ATTENTION: dict[str, tuple[dict[str, int], str, tuple[str, ...]]] = {
+    "without gate": ({}, GATED.removesuffix(" gate"), ("dense",)),
+    "with count": ({}, f"{GATED} count", ("dense",)),
+    "K=256": ({"k": 256}, GATED, STORAGES),  # in 16 bit the most senders of one tile
+    "K=300": ({"k": 300}, GATED, STORAGES),  # several tiles
+}
+CHUNKED = ((32, 70_000, 128, 64), (32, 70_000, 300, 128))  # B, N, K, D of selections from rows in several chunks
+
+
+def inputs_for(setting: Setting, storage: str, seed: int = 0, batch: int = 256, **changed: int) -> Inputs:
     """A batch in which some neurons are active in nearly every sample, so that many sums meet."""
     size = {"batch": 2, "n": 32, "k": 5, "heads": 2, "head_width": 4, "width": 3, "block_size": 16}
     if setting.cuda:
-        size = {"batch": batch, "n": 4096, "k": 128, "heads": 4, "head_width": 32, "width": 64, "block_size": 32}
+        size = {
+            "batch": batch,
+            "n": 4096,
+            "k": 128,
+            "heads": 4,
+            "head_width": 32,
+            "width": 64,
+            "block_size": 32,
+        } | changed
     return make_inputs(**size, storage=storage, kind="zipf", seed=seed)
 
 
@@ -38,8 +57,28 @@ def arguments(x: Inputs, operation: str, setting: Setting, dtype: torch.dtype) -
 
 
 def repeat(setting: Setting, operation: str, storage: str, dtype: torch.dtype, runs: int) -> Row:
+    return same_again(operation, arguments(inputs_for(setting, storage), operation, setting, dtype), runs)
+
+
+def attention(setting: Setting, how: str, storage: str, dtype: torch.dtype, runs: int) -> Row:
+    changed, names, _ = ATTENTION[how]
+    x = inputs_for(setting, storage, batch=32, **changed).to(dtype, setting.device, grad=True)
+    batch, k = x.idx.shape
+    count = (k - torch.arange(batch) % k).to(setting.device)
+    return same_again("sparse_attention", {n: count if n == "count" else getattr(x, n) for n in names.split()}, runs)
+
+
+def chunked(setting: Setting, shape: tuple[int, int, int, int], dtype: torch.dtype, runs: int) -> Row:
+    batch, n, k, width = shape
+    g, how = generator(n + k), {"device": setting.device, "dtype": dtype}
+    score, table = (torch.randn(*s, generator=g).to(**how).requires_grad_() for s in ((batch, n), (n, width)))
+    return same_again("topk_gather", {"score": score, "table": table, "idx": torch.empty(batch, k)}, runs)
+
+
+def same_again(operation: str, own: dict[str, Any], runs: int) -> Row:
+    """AssertionError names what differs between the first run and a later one."""
     run, _, leaves = OPERATIONS[operation]
-    own = arguments(inputs_for(setting, storage), operation, setting, dtype)
+    leaves = tuple(name for name in leaves if name in own)
 
     def once() -> parity.Results:
         fresh = clone_inputs(own) if operation == "update_strength_" else own
@@ -65,3 +104,13 @@ def rows(setting: Setting) -> Rows:
                     return repeat(setting, operation, storage, dtype, runs)
 
                 yield f"{operation} {storage} {short(dtype)} {runs} runs", job
+    for dtype in setting.dtypes:
+        for shape in CHUNKED if setting.cuda else ((2, 9000, 5, 3),):
+            key = "topk_gather B{} N{} K{} D{}".format(*shape)
+            yield f"{key} {short(dtype)} {runs} runs", lambda a=(shape, dtype): chunked(setting, *a, runs)
+        for how, (_, _, storages) in ATTENTION.items():
+            if how == "K=256" and dtype == torch.float32 and setting.cuda:
+                continue
+            for storage in storages:
+                key = f"sparse_attention {how} {storage} {short(dtype)} {runs} runs"
+                yield key, lambda a=(how, storage, dtype): attention(setting, *a, runs)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import condition
 from .supervision import ANEW
 
 Row = dict[str, Any]
@@ -56,6 +57,7 @@ class Journal:
     limit: float = math.inf
     rows: dict[str, Row] = field(default_factory=dict)
     complete: bool = False
+    gpu: list[Row] = field(default_factory=list)  # at the start and end of each call that had rows to run
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class Journal:
             if held["rehearsal"] != self.rehearsal:
                 kind = "a rehearsal" if held["rehearsal"] else "results"
                 raise SystemExit(f"{self.path} holds {kind}: take another --out")
-            self.rows, self.complete = held["rows"], held["complete"]
+            self.rows, self.complete, self.gpu = held["rows"], held["complete"], held.get("gpu", [])
         if self.again:
             self.rows = {key: row for key, row in self.rows.items() if row["status"] == OK}
             self.complete = False
@@ -75,7 +77,8 @@ class Journal:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = {"step": self.step, "rehearsal": self.rehearsal, "complete": self.complete, "rows": self.rows}
+        held = {"step": self.step, "rehearsal": self.rehearsal, "complete": self.complete, "gpu": self.gpu}
+        held["rows"] = self.rows
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(held, indent=1, default=str), encoding="utf8")
         os.replace(partial, self.path)
@@ -155,6 +158,7 @@ class Journal:
         the next call. Raises: OutOfTime, DeviceLost.
         """
         self.rows.pop(STEP, None)
+        self._read_gpu("start")
         try:
             yield
             self.complete = True
@@ -164,6 +168,14 @@ class Journal:
             self._keep(STEP, {"status": ERROR, "message": f"{type(error).__name__}: {_short(error)}"})
             print(f"{self.step}: {ERROR} outside of its rows: {_short(error)}", flush=True)
             free()
+        finally:
+            self._read_gpu("end")
+
+    def _read_gpu(self, when: str) -> None:
+        found = None if self.rehearsal else condition.read()
+        if found is not None:
+            self.gpu.append({"when": when, **found})
+            self.write()
 
     def conclude(self, judge: Callable[[dict[str, Row]], Row]) -> None:
         """Keeps what judge makes of all rows so far as the row "conclusion", each time anew."""

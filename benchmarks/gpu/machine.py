@@ -11,10 +11,12 @@ import torch
 from bio_kernels import backend_info
 
 from .. import roofline
+from . import condition
 from .journal import Row
-from .setting import Rows, Setting, commit, now, python_version
+from .setting import Rows, Setting, commit, python_version
 
-PACKAGES = ("pytest", "hypothesis", "numpy", "triton", "flashinfer", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+PACKAGES = ("pytest", "hypothesis", "numpy", "torch", "triton", "flashinfer-python")
+PACKAGES += ("nvidia-cutlass-dsl", "apache-tvm-ffi", "pytest-xdist", "pytest-timeout")
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi")
 
 
@@ -35,7 +37,7 @@ def describe(setting: Setting) -> Row:
             "backend": backend_info(),
         },
         "commit_info": commit(),
-        "datetime": now(),
+        "datetime": condition.now(),
         "packages": packages,
         "tools": {name: bool(shutil.which(name)) for name in TOOLS},
         "left_out": [f"{name} is not installed" for name, version in packages.items() if version is None],
@@ -50,6 +52,7 @@ def describe(setting: Setting) -> Row:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
+        row["gpu"] = condition.read()
     return row | {"line": "; ".join(row["left_out"]) or "every package is there"}
 
 

@@ -5,7 +5,7 @@ Memory from torch.empty is poisoned with NaN. Sizes are those of the tests and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -95,11 +95,26 @@ def close(name: str, actual: Tensor, truth: Tensor) -> float:
     return assert_close(actual, truth, actual.dtype, name)
 
 
-def rows(setting: Setting) -> Rows:
-    for make in (_topk_rows, _attention_rows, _weighted_rows, _update_rows):
-        for dtype in setting.dtypes:
-            for name, job in make(setting, dtype):
-                yield f"{make.__name__.strip('_').removesuffix('_rows')} {short(dtype)} {name}", job
+def topk_rows(setting: Setting) -> Rows:
+    return _of_every_dtype(setting, _topk)
+
+
+def attention_rows(setting: Setting) -> Rows:
+    return _of_every_dtype(setting, _attention)
+
+
+def weighted_rows_rows(setting: Setting) -> Rows:
+    return _of_every_dtype(setting, _weighted)
+
+
+def update_rows(setting: Setting) -> Rows:
+    return _of_every_dtype(setting, _update)
+
+
+def _of_every_dtype(setting: Setting, make: Callable[[Setting, torch.dtype], Rows]) -> Rows:
+    for dtype in setting.dtypes:
+        for name, job in make(setting, dtype):
+            yield f"{short(dtype)} {name}", job
 
 
 def _named(x: Inputs, setting: Setting, dtype: torch.dtype, names: str, **more: Any) -> Named:
@@ -107,7 +122,7 @@ def _named(x: Inputs, setting: Setting, dtype: torch.dtype, names: str, **more: 
     return {name: getattr(moved, name) for name in names.split()} | more
 
 
-def _topk_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _topk(setting: Setting, dtype: torch.dtype) -> Rows:
     for batch, n, k, width in setting.few(TOPK, 2):
 
         def job(batch=batch, n=n, k=k, width=width) -> Row:
@@ -119,7 +134,7 @@ def _topk_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Call
         yield f"B{batch} N{n} K{k} D{width}", job
 
 
-def _attention_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _attention(setting: Setting, dtype: torch.dtype) -> Rows:
     leaves = ("q", "k", "v", "strength", "gate")
     kept = " ".join(("idx", *leaves))
     for batch, n, k, heads, width in setting.few(ATTENTION, 2):
@@ -144,7 +159,7 @@ def _attention_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str,
         yield f"block_sparse P{block_size} B{batch} N{n} K{k}", sparse
 
 
-def _weighted_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _weighted(setting: Setting, dtype: torch.dtype) -> Rows:
     for batch, n, k, width in setting.few(ROWS, 2):
 
         def job(batch=batch, n=n, k=k, width=width) -> Row:
@@ -164,7 +179,7 @@ def _weighted_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, 
         yield f"block_sparse P{block_size} B{batch} N{n} K{k}", sparse
 
 
-def _update_rows(setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _update(setting: Setting, dtype: torch.dtype) -> Rows:
     shapes = [(*shape, 0) for shape in setting.few(UPDATE)] + setting.few(BLOCKS)
     for batch, n, k, block_size in shapes:
         layout: dict[str, Any] = {"storage": "block_sparse", "block_size": block_size} if block_size else {}

@@ -125,9 +125,5 @@ def commit() -> dict[str, Any]:
         return {"id": told} if told else {}
 
 
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-
-
 def python_version() -> str:
     return platform.python_version()
