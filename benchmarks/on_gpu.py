@@ -7,6 +7,7 @@
 
 The steps run in a process of their own; where it is lost (the GPU does not answer, a row takes longer than its limit,
 a crash) another one goes on. Several calls of different steps may share DIR and the GPU, if only checks are among them.
+In a copy without git's folder the environment variable BENCHMARKS_COMMIT says which commit it is.
 --rehearse runs the same code without a GPU, through Triton's interpreter on the smallest shapes; its figures say
 nothing and are never collected. Exit code: 1 if a result was wrong, 0 otherwise, also where time ran out.
 """
@@ -150,7 +151,7 @@ def prepared(steps: list[Step], options: argparse.Namespace, end: float, limits:
 
 def worker(steps: list[Step], options: argparse.Namespace, end: float) -> int:
     """The exit code of a process that a supervisor has started."""
-    supervision.obey(options.worker)
+    supervision.obey()
     try:
         return prepared(steps, options, end, limits=True)
     except SystemExit as left:
@@ -167,7 +168,7 @@ def command(steps: list[Step], options: argparse.Namespace, end: float, number: 
     """Of worker number, with the minutes that are left; only the first one drops what was not ok."""
     names = [step.name for step in steps]
     left = max(0.0, end - time.monotonic()) / 60 if options.minutes > 0 else options.minutes
-    given = [*WORKER, *names, "--worker", str(os.getpid()), "--out", str(options.out), "--minutes", f"{left:.4f}"]
+    given = [*WORKER, *names, "--worker", "--out", str(options.out), "--minutes", f"{left:.4f}"]
     given += [] if options.data is None else ["--data", str(options.data)]
     given += ["--again"] if options.again and number == 0 else []
     return given + (["--rehearse"] if options.rehearse else [])
@@ -197,7 +198,7 @@ def parsed(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Step]]
     parser.add_argument("--data", type=Path, metavar="FILE", help="the text of the step language")
     parser.add_argument("--again", action="store_true", help="repeat rows that failed, broke, were cut or left out")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on the smallest shapes")
-    parser.add_argument("--worker", type=int, metavar="PID", help=argparse.SUPPRESS)  # of the process that waits for it
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # another process waits for this one
     options = parser.parse_args(arguments)
     if options.list:
         return options, []
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None, supervised: bool = True) -> int:
         print(collect.write(options.out))
         return 0
     end = time.monotonic() + 60 * options.minutes
-    if options.worker is not None:
+    if options.worker:
         supervision.leave(worker(steps, options, end))
     if supervised:
         files = [options.out / f"{step.name}.json" for step in steps]

@@ -111,8 +111,9 @@ def _named(code: int) -> str:
 # ------------------------------------------------------------------------------------------------- the worker
 
 
-def obey(supervisor: int) -> None:
-    """Of a worker: SIGTERM and SIGINT become SystemExit, once; it ends, with all it has started, if supervisor does."""
+def obey() -> None:
+    """Of a worker: SIGTERM and SIGINT become SystemExit, once; it ends, with all it has started, if its parent does."""
+    parent = os.getppid()
 
     def leave(number: int, _frame: object) -> None:
         for known in (signal.SIGTERM, signal.SIGINT):
@@ -120,7 +121,7 @@ def obey(supervisor: int) -> None:
         raise SystemExit(128 + number)
 
     def watch() -> None:
-        while os.getppid() == supervisor:
+        while os.getppid() == parent:
             time.sleep(WATCH_S)
         end_marked(os.environ[MARK])
         os._exit(ANEW)
