@@ -136,6 +136,11 @@ def lose():
 def hang():
     time.sleep(60)
 
+def launch_without_an_end():
+    from benchmarks.gpu import journal
+    journal.free = hang  # where a row that waits for nothing finds out
+    return {}
+
 def keep_the_lock():
     ctypes.PyDLL(None).sleep(60)
 
@@ -144,7 +149,8 @@ def wait():
     pathlib.Path("waiting").write_text(f"{os.getpid()} {child.pid}")
     child.wait()
 
-ROWS = {"fine": dict, "crash": crash, "lose": lose, "hang": hang, "lock": keep_the_lock, "wait": wait, "last": dict}
+ROWS = {"fine": dict, "crash": crash, "lose": lose, "hang": hang, "launch": launch_without_an_end}
+ROWS |= {"lock": keep_the_lock, "wait": wait, "last": dict}
 
 def rows(setting):
     for name in os.environ["MADE_UP"].split():
@@ -194,12 +200,12 @@ def test_a_lost_gpu_and_a_row_without_an_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_everything_goes_wrong(tmp_path: Path) -> None:
-    process = begin(tmp_path, "fine crash lose hang lock last", limit=1.0)
+    process = begin(tmp_path, "fine crash lose hang launch lock last", limit=1.0)
     said, _ = process.communicate(timeout=300)
     assert statuses(tmp_path) == {
-        "fine": "ok", "crash": "cut", "lose": "ok", "hang": "cut", "lock": "cut", "last": "ok"
+        "fine": "ok", "crash": "cut", "lose": "ok", "hang": "cut", "launch": "cut", "lock": "cut", "last": "ok"
     }  # fmt: skip
-    assert said.count("another one goes on") == 2 + 1 + 1 + 2, "a crash and a held lock are begun twice"
+    assert said.count("another one goes on") == 2 + 1 + 1 + 1 + 2, "a crash and a held lock are begun twice"
 
 
 @pytest.fixture
