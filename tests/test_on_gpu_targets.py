@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks import inputs, measure
 from benchmarks.case import Contestant, Spec
-from benchmarks.gpu import model, races, targets
+from benchmarks.gpu import journal, model, races, targets
 from benchmarks.gpu.setting import Setting
 
 
@@ -93,6 +93,19 @@ def test_who_waits_and_who_comes_after_a_failed_capture_is_not_captured(monkeypa
         "first": "operation not permitted",
         "second": "the capture of first failed before",
     }
+
+
+def test_after_a_failed_capture_another_process_goes_on(tmp_path):
+    def job() -> dict[str, Any]:
+        journal.FAILED_CAPTURES.append("a peer")
+        return {"ratio": 2.0}
+
+    held = journal.Journal(tmp_path, "targets", rehearsal=False)
+    with pytest.raises(journal.DeviceLost, match="the capture of a peer failed"):
+        held.run("row", job)
+    journal.FAILED_CAPTURES.clear()
+    assert held.rows["row"]["status"] == "ok", "what was measured before it is kept"
+    assert held.rows["row"]["ratio"] == 2.0
 
 
 SMALL = races.tiny(Spec(2, direction="forward"), "weighted_rows")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..measure import FAILED_CAPTURES
 from . import condition
 from .supervision import ANEW
 
@@ -210,7 +211,12 @@ def _short(error: BaseException) -> str:
 
 
 def free() -> None:
-    """Gives back the GPU's memory. Raises: DeviceLost if the GPU does not answer any more."""
+    """Gives back the GPU's memory.
+
+    Raises: DeviceLost if the GPU does not answer any more, or after a capture that failed (see FAILED_CAPTURES).
+    """
+    if FAILED_CAPTURES:
+        raise DeviceLost(f"the capture of {FAILED_CAPTURES[0]} failed")
     if not torch.cuda.is_available():
         return
     gc.collect()
