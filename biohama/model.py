@@ -87,6 +87,7 @@ class BioHamaModel(nn.Module):
 
     A slot says what it holds (the embedding is shared with the output), so that modules are told apart by where they
     look and not by what the decoder makes of it. ``forward`` (parallel) and ``step`` (one token) are the same function.
+    float32 or float64; not under autocast.
     """
 
     def __init__(self, config: BioHamaConfig) -> None:
@@ -189,7 +190,7 @@ class BioHamaModel(nn.Module):
             "newest": lambda: newest_so_far(content),
             "compete": lambda: self.competition(x, content, own, heard, hard, phase.excluded, phase.focus),
             "hebb": lambda: self.hebbian(x),
-            "percept": lambda: torch.eye(length, device=x.device).expand(len(x), -1, -1),
+            "percept": lambda: torch.eye(length, device=x.device, dtype=x.dtype).expand(len(x), -1, -1),
         }
         found = [look[name]() for name in self.config.modules if name in look]
         return [F.pad(address, (0, length + 1 - address.shape[-1])) for address in found]

@@ -60,7 +60,8 @@ def training_loss(
         alone; batch, with tokens and targets (B, T), IGNORE = -100 where nothing is scored; without, of PARTS, what to
         leave out: exploration (floor, absent modules), modules (their own loss), responsibility
         (every module learns every sequence), credit (the router's), rest, quiet (penalties of events and of ``own``).
-    Returns: a scalar with gradients, and detached scalars. Raises: ValueError for an unknown part, or nothing scored.
+    Returns: a scalar with gradients, and detached scalars.
+    Raises: ValueError for an unknown part, or nothing scored; TypeError for a BioHamaModel that torch.compile wraps.
     """
     for name in [without] if isinstance(without, str) else without:
         if name not in PARTS:
@@ -68,6 +69,8 @@ def training_loss(
     scored = batch.targets != IGNORE
     if not bool(scored.any()):
         raise ValueError(f"batch must have at least one scored target, got only {IGNORE}")
+    if isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), BioHamaModel):
+        raise TypeError(f"model must be a BioHamaModel itself: in a {type(model).__name__} its parts are not seen")
     if not isinstance(model, BioHamaModel):
         loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         return loss, {"answer": loss.detach()}

@@ -91,7 +91,8 @@ class InputToActivation(nn.Module):
             h = layer(h, src_mask=self._per_head(hidden))
         asks = h
         if not all_positions:  # the last token of each sample
-            last = torch.full_like(tokens[:, 0], -1) if real is None else positions.argmax(1)
+            # counted anew: positions, clamped, do not tell padding before a single token from it
+            last = torch.full_like(tokens[:, 0], -1) if real is None else real.long().cumsum(1).argmax(1)
             asks = h[torch.arange(len(tokens), device=tokens.device), last].unsqueeze(1)
             hidden = None if real is None else ~real.unsqueeze(1)
         pooled = self.pooling(asks, h, h, attn_mask=self._per_head(hidden), need_weights=False)[0]

@@ -199,7 +199,7 @@ class BrainLikeSprout(Pretrained, nn.Module):
 def strongest(pattern: ActivationPattern, step: int, top_k: int) -> dict[str, Any]:
     """The at most top_k strongest neurons of the batch's mean pattern: step, indices (1-D int64), values (1-D)."""
     neuron, where = pattern.idx[pattern.valid()].unique(return_inverse=True)
-    gate = pattern.gate[pattern.valid()]
+    gate = pattern.gate[pattern.valid()].float()  # bfloat16 would stop counting
     mean = gate.new_zeros(neuron.shape).index_add(0, where, gate) / pattern.idx.shape[0]
     values, order = mean.sort(descending=True, stable=True)
     return {"step": step, "indices": neuron[order[:top_k]], "values": values[:top_k]}

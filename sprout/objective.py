@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,9 +49,14 @@ def balance_loss(score: Tensor | GroupedScore, first: ActivationPattern) -> Tens
     share_n = mean over the batch of softmax(score)_n, whose gradient lowers the scores of busy neurons and so lifts the
     silent ones. In a pool with groups the softmax has two levels, as the choice has: over all groups, then over the
     members of a group; only those of groups in use are looked at, all others have used_n = 0.
+    Computed in float32 at least, also under autocast: bfloat16 counts to 256 and no further.
     Args: score (B, N) or GroupedScore; first, the initial pattern. Gradients: score. Source: Fedus et al. 2021, eq. 4.
     """
     weight, count = first.valid(), first.count.sum()
+    if isinstance(score, Tensor):
+        score = _wide(score)
+    else:
+        score = GroupedScore(_wide(score.group), score.groups, _wide(score.member))
     if isinstance(score, Tensor):
         used = score.new_zeros(first.n_neurons).index_add_(0, first.idx.flatten(), weight.to(score.dtype).flatten())
         return first.n_neurons * (used / count * score.softmax(1).mean(0)).sum()
@@ -60,6 +66,10 @@ def balance_loss(score: Tensor | GroupedScore, first: ActivationPattern) -> Tens
     within = member.unflatten(1, (len(groups), -1)).softmax(2)
     share = (group.softmax(1)[:, groups, None] * within).mean(0).flatten()
     return first.n_neurons * (used / count * share).sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def settling_loss(history: list[ActivationPattern]) -> Tensor:

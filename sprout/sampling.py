@@ -49,7 +49,10 @@ def generate(
         if temperature == 0:
             new = logits.argmax(1, keepdim=True)
         else:
-            kept = likeliest(logits.float() / temperature, top_k, top_p)
+            logits = logits.float() - logits.float().amax(
+                1, keepdim=True
+            )  # none can overflow, however small the divisor
+            kept = likeliest(logits / temperature, top_k, top_p)
             new = torch.multinomial(kept.softmax(1), 1, generator=generator)
         tokens = torch.cat([tokens, new], 1)
     return tokens

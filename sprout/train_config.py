@@ -266,3 +266,12 @@ def check_sharded(config: TrainConfig) -> None:
             "--mixed_precision fp16 with --active_groups needs one process: a process would leave out a step that "
             "overflowed in its own rows while others take it; use bf16 or no"
         )
+
+
+def check_scaled(config: TrainConfig, optimizers: int) -> None:
+    """Raises OptionError for fp16 with several optimizers: accelerate scales the gradients of the second back twice."""
+    if config.mixed_precision == "fp16" and optimizers > 1:
+        raise OptionError(
+            "--mixed_precision fp16 needs a single optimizer: --optimizer muon and --active_groups make two; "
+            "use bf16 or no"
+        )

@@ -22,6 +22,8 @@ class Learner(nn.Module):
 
     def __init__(self, model: nn.Module, balance: float = 0.0, settling: float = 0.0) -> None:
         super().__init__()
+        if isinstance(getattr(model, "_orig_mod", getattr(model, "module", None)), BrainLikeSprout):
+            raise TypeError(f"model must be a BrainLikeSprout itself: in a {type(model).__name__} its pool is not seen")
         self.model, self.balance, self.settling = model, balance, settling
         leave_to_owners(self)
 
@@ -126,24 +128,26 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(learner: Learner, batches: Iterator[Tensor], first: int, accelerator: Any) -> dict[str, float]:
-    """Mean nats per token of the batches and, of a pool, what its patterns did; in eval mode, the mode is restored.
+    """Mean nats per token of the batches and, of a pool, what its patterns did; in eval mode; its mode is restored.
 
     "score" is the loss of the first batches alone, to compare evaluations of different length. With several processes
     each takes every n-th batch and all get the figures of all. As many forwards on each, as a spread pool needs.
     """
     config: Any = learner.model.config
     found = Evaluation.empty(config.n_neurons, accelerator.device)
-    was_training = learner.training
+    was_training = learner.model.training
     learner.eval()
     number = -1
-    for number, tokens in enumerate(batches):
-        if number % accelerator.num_processes == accelerator.process_index:
-            with accelerator.autocast():
-                result = learner(tokens.to(accelerator.device))
-            found.add(result, tokens.shape[0] * (tokens.shape[1] - 1), number < first)
-    if accelerator.process_index > number % accelerator.num_processes:  # the others had one more
-        absent(learner.model)
-    learner.train(was_training)
+    try:
+        for number, tokens in enumerate(batches):
+            if number % accelerator.num_processes == accelerator.process_index:
+                with accelerator.autocast():
+                    result = learner(tokens.to(accelerator.device))
+                found.add(result, tokens.shape[0] * (tokens.shape[1] - 1), number < first)
+        if accelerator.process_index > number % accelerator.num_processes:  # the others had one more
+            absent(learner.model)
+    finally:
+        learner.train(was_training)
     if accelerator.num_processes > 1:
         found.sums = accelerator.reduce(found.sums, "sum")
         found.low = accelerator.gather(found.low.unsqueeze(0)).min()

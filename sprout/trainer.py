@@ -29,7 +29,7 @@ from .sharded_state import (
 )
 from .sparse_gradients import clip_grad_norm_, sparse_tables
 from .text import Tokenizer
-from .train_config import TrainConfig, check_sharded
+from .train_config import TrainConfig, check_scaled, check_sharded
 from .train_metrics import Learner, all_windows, evaluate, per_text, random_windows
 
 log = logging.getLogger("sprout.train")
@@ -101,7 +101,9 @@ class Trainer:
             shard_(model)
         self.model = model
         learner = Learner(model, plan.config.balance, plan.config.settling)
-        prepared = accelerator.prepare(learner, *make_optimizers(model, plan.config))
+        optimizers = make_optimizers(model, plan.config)
+        check_scaled(plan.config, len(optimizers))
+        prepared = accelerator.prepare(learner, *optimizers)
         self.learner, self.optimizers = prepared[0], list(prepared[1:])
         self.sampler = torch.Generator().manual_seed(plan.config.seed)
         self.total = plan.config.total_steps(len(plan.train), accelerator.num_processes)

@@ -229,6 +229,13 @@ def test_an_unknown_part_is_refused(without):
         training_loss(shaken(), batch_of(), 0.5, without)
 
 
+def test_a_wrapped_model_is_refused():
+    """It would be taken for a baseline, and learn by cross-entropy alone."""
+    for wrapped in (torch.compile(shaken()), torch.nn.DataParallel(shaken())):
+        with pytest.raises(TypeError, match=r"model must be a BioHamaModel itself: in a .* its parts are not seen"):
+            training_loss(wrapped, batch_of(), 0.5)
+
+
 def test_a_batch_without_a_score_is_refused():
     batch = batch_of()
     for model in (shaken(), Baseline(BaselineConfig("gru", "nope", vocab_size=30, width=16))):

@@ -224,6 +224,20 @@ def test_a_gradient_moves_along_and_a_fresh_optimizer_has_nothing_to_move() -> N
     bk.rewire_optimizer_(torch.optim.AdamW([matrix.blocks]), matrix.blocks, rewiring)
 
 
+def test_a_sparse_gradient_moves_along() -> None:
+    """That of a pool in groups: of some blocks, in any order, one of them twice."""
+    matrix = some_matrix()
+    slots = torch.tensor([7, 2, 7, 11, 0, 20, 4])
+    values = torch.randn(len(slots), P, P, dtype=torch.float64)
+    matrix.blocks.grad = torch.sparse_coo_tensor(slots[None], values, matrix.blocks.shape)
+    gradient = matrix.blocks.grad.to_dense()
+    rewiring = bk.rewire_(matrix, some_wanted(), max_new_per_row=2)
+    expected = gradient[rewiring.source].masked_fill(rewiring.fresh[:, None, None], 0)
+    assert matrix.blocks.grad.is_sparse
+    assert torch.equal(matrix.blocks.grad.to_dense(), expected)
+    assert not torch.equal(expected, gradient)
+
+
 def test_what_is_refused_changes_nothing() -> None:
     matrix, wanted = some_matrix(), some_wanted()
     before, cols = matrix.blocks.detach().clone(), matrix.cols.clone()

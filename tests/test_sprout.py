@@ -103,11 +103,12 @@ def test_sparse_gradients_of_the_pool_sum_to_the_dense_ones(monkeypatch):
 
 @pytest.mark.parametrize("grad", [True, False])  # without gradient in eval mode torch takes another path in the encoder
 @pytest.mark.parametrize("left", [False, True])
-def test_padding_is_masked(left, grad):
-    model, tokens = wired(small()).double().eval(), some_tokens(1, 6)
+@pytest.mark.parametrize("real", [1, 6])
+def test_padding_is_masked(left, real, grad):
+    model, tokens = wired(small()).double().eval(), some_tokens(1, real)
     junk = some_tokens(1, 4, seed=3)
     padded = torch.cat([junk, tokens] if left else [tokens, junk], 1)
-    mask = torch.tensor([[0] * 4 + [1] * 6 if left else [1] * 6 + [0] * 4])
+    mask = torch.tensor([[0] * 4 + [1] * real if left else [1] * real + [0] * 4])
     with torch.set_grad_enabled(grad):
         expected = model(tokens)
         torch.testing.assert_close(model(padded, mask), expected, rtol=0, atol=1e-10)

@@ -133,6 +133,7 @@ def test_generate_appends_and_repeats_by_seed():
 def test_greedy_generation_is_argmax_of_each_prefix():
     model, tokens = wired(small()).eval(), some_tokens(2, 5)
     out = model.generate(tokens, 4, temperature=0)
+    assert torch.equal(model.generate(tokens, 4, temperature=1e-39, seed=0), out), "logits that would overflow"
     for t in range(5, 9):
         assert torch.equal(out[:, t], model(out[:, :t]).argmax(1))
     assert torch.equal(model.generate(tokens, 4, top_k=1), out)

@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 
-from sprout.objective import next_token
+from sprout.model import strongest
+from sprout.objective import balance_loss, next_token
+from sprout.paging import GroupedScore
+from sprout.pattern import ActivationPattern
 from tests.sprout_models import small, some_tokens, wired
 
 
@@ -76,3 +79,29 @@ def test_settling_makes_the_last_step_quieter():
         return next_token(model, some_tokens(8, 12, seed=99)).settling.item()
 
     assert change(10.0) < 0.8 * change(0.0)
+
+
+def first_pattern(batch, n, k):
+    """The same k neurons in every sample."""
+    idx, count = torch.arange(k).expand(batch, -1), torch.full((batch,), k)
+    return ActivationPattern(idx, torch.ones(batch, k), count, n)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_collapsed_pool_is_seen_in_16_bit(dtype, groups):
+    """bfloat16 counts to 256: of neurons that wake in more samples it would make evenly used ones."""
+    batch, n, k = 2500, 64, 16
+    score = torch.zeros(batch, n, dtype=dtype)
+    score[:, :k] = 3.0
+    first = first_pattern(batch, n, k)
+    given = GroupedScore(score[:, ::16].contiguous(), torch.arange(4), score) if groups else score
+    wide = GroupedScore(*(x.float() if x.is_floating_point() else x for x in given)) if groups else score.float()
+    assert balance_loss(given, first).item() == pytest.approx(balance_loss(wide, first).item(), rel=1e-6)
+    assert balance_loss(given, first).item() > 3
+
+
+def test_an_analysis_counts_in_16_bit_too():
+    first = first_pattern(2500, 64, 16)
+    found = strongest(first._replace(gate=first.gate.bfloat16()), 0, 3)
+    assert found["values"].tolist() == [1, 1, 1]

@@ -5,13 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from sprout import SproutConfig, data, hub
 from sprout.gpt import GPT
 from sprout.pattern import gate_change, jaccard
-from sprout.train_config import TrainConfig
-from sprout.train_metrics import Evaluation, Learner, all_windows, per_text, random_windows
+from sprout.train_config import OptionError, TrainConfig, check_scaled
+from sprout.train_metrics import Evaluation, Learner, all_windows, evaluate, per_text, random_windows
 from sprout.trainer import make_optimizers, schedule
 from tests.sprout_models import small
 
@@ -110,3 +111,30 @@ def test_the_controls_see_no_later_token(kind):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, all_positions=True), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrapped_model_is_refused():
+    """Its pool would not be seen, and the objective without it be another one."""
+    model = small()
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        with pytest.raises(TypeError, match=r"model must be a BrainLikeSprout itself: in a .* its pool is not seen"):
+            Learner(wrapped)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_mode_as_it_was(training):
+    model = small(vocab_size=256).train(training)
+    broken = iter([torch.zeros(1, 1, dtype=torch.int64)])
+    with pytest.raises(ValueError, match="tokens must be"):
+        evaluate(Learner(model), broken, 1, Accelerator(cpu=True))
+    assert all(module.training is training for module in model.modules())
+
+
+def test_half_precision_takes_one_optimizer():
+    for optimizer, number in (("adamw", 1), ("muon", 2)):
+        config = TrainConfig(optimizer=optimizer, mixed_precision="fp16")
+        assert len(make_optimizers(small(), config)) == number
+    check_scaled(TrainConfig(mixed_precision="fp16"), 1)
+    check_scaled(TrainConfig(mixed_precision="bf16"), 2)
+    with pytest.raises(OptionError, match="--mixed_precision fp16 needs a single optimizer"):
+        check_scaled(TrainConfig(mixed_precision="fp16"), 2)

@@ -49,7 +49,7 @@ class Trainer:
         self.loss_sum, self.loss_steps = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step on fresh sequences; nothing in it waits for the device."""
+        """One optimizer step on fresh sequences."""
         o = self.options
         lr = o.lr * schedule(self.step, o.steps, o.warmup_steps)
         for group in self.optimizer.param_groups:

@@ -183,8 +183,11 @@ def rewire_(
     rewiring = Rewiring(source, fresh[source])
     cols.copy_(col[source])
     _move_(matrix.blocks, rewiring)
-    if matrix.blocks.grad is not None:
-        _move_(matrix.blocks.grad, rewiring)
+    grad = matrix.blocks.grad
+    if grad is not None and grad.is_sparse:
+        matrix.blocks.grad = _moved(grad, rewiring)
+    elif grad is not None:
+        _move_(grad, rewiring)
     return rewiring
 
 
@@ -236,6 +239,16 @@ def _move_(values: Tensor, rewiring: Rewiring) -> None:
     source, fresh = rewiring.source[slot], rewiring.fresh[slot, None]
     for line in values.unbind(1):
         line[slot] = line[source].masked_fill_(fresh, 0)
+
+
+def _moved(grad: Tensor, rewiring: Rewiring) -> Tensor:
+    """A sparse gradient of blocks (Z, P, P) by slot in the new layout, without that of blocks that are gone."""
+    grad = grad.coalesce()
+    slot = torch.empty_like(rewiring.source)
+    slot[rewiring.source] = torch.arange(len(slot), device=slot.device)
+    slot = slot[grad.indices()[0]]
+    kept = ~rewiring.fresh[slot]
+    return torch.sparse_coo_tensor(slot[kept][None], grad.values()[kept], grad.shape, check_invariants=False)
 
 
 @torch.no_grad()
