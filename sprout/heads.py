@@ -99,7 +99,7 @@ class SpanExtractor(nn.Module):
         Returns: SpanScores, the dtype of the parameters.
         Raises: as ``BrainLikeSprout.forward``; TypeError, ValueError for such faults of context_mask, and on CPU
             outside torch.compile for a sample that offers no token at all.
-        Gradients: every parameter but ``model.decoder.head``. Determinism: bitwise.
+        Gradients: every parameter but ``model.decoder.head``. Determinism: bitwise on a CPU.
         """
         offered = self._offered(tokens, context_mask, attention_mask)
         features, h = self._read(tokens, attention_mask)

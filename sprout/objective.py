@@ -32,7 +32,7 @@ def next_token(model: BrainLikeSprout, tokens: Tensor, *, balance: float = 0.0, 
 
     Args: tokens (B, T+1) int64, T in 1..max_seq_len; balance, settling >= 0, the weights of the two terms.
     Returns: Objective over B * T predictions. Raises: as ``BrainLikeSprout.forward``; ValueError if T < 1.
-    Gradients: every parameter. Determinism: bitwise.
+    Gradients: every parameter. Determinism: bitwise on a CPU; on a GPU as far as torch's own attention is.
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must be (B, T+1) with T >= 1, got {tuple(tokens.shape)}")
