@@ -117,9 +117,9 @@ class BioHamaModel(nn.Module):
         They sum to what the address weighs, 1 where something was found, and log 0.00001 is the least that is said.
 
         [:, t] depends on tokens[:, :t+1] alone. Raises: TypeError, ValueError as ``check``. Gradients: parameters, of
-        the choices that are made without gradient none (``objective`` trains a softer ``trace``). Determinism: bitwise on
-        a CPU; on a GPU torch's running sums and the gradients of its gathers are not, and its deterministic mode refuses
-        the former.
+        the choices that are made without gradient none (``objective`` trains a softer ``trace``).
+        Determinism: bitwise on a CPU; on a GPU torch's running sums and the gradients of its gathers are not, and its
+        deterministic mode refuses the former.
         """
         return self.trace(tokens).logits
 

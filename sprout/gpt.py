@@ -57,7 +57,8 @@ class GPT(Pretrained, nn.Module):
 
         Args: tokens (B, T) int64 in 0..vocab_size-1, 1 <= T <= max_seq_len.
         Returns: (B, V); with all_positions (B, T, V), [:, t] the logits of tokens[:, :t+1].
-        Raises: TypeError, ValueError as ``check_tokens`` does. Gradients: every parameter. Determinism: bitwise on a CPU.
+        Raises: TypeError, ValueError as ``check_tokens`` does. Gradients: every parameter.
+        Determinism: bitwise on a CPU.
         """
         return F.linear(self.features(tokens, all_positions=all_positions), self.embedding.weight)
 
