@@ -30,7 +30,7 @@ def input_sets(spec: Spec, device: str, make) -> list[Inputs]:
     alone is as large as most caches.
     """
     first = make(spec, device, 0)
-    sizes = {x.data_ptr(): x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor)}
+    sizes = {id(x): x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor)}
     size = sum(sizes.values())  # each tensor once, also where it has two names
     wanted = 2 * torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else CPU_BYTES
     count = int(min(max(2, -(-wanted // max(size, 1))), 8))

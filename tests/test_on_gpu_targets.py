@@ -116,7 +116,7 @@ def test_inputs_count_each_tensor_once(monkeypatch: pytest.MonkeyPatch):
     big = torch.zeros(400)
 
     def make(spec: Spec, device: str, seed: int) -> dict[str, Any]:
-        return {"strength": big, "matrix": big, "idx": torch.zeros(100)}
+        return {"strength": big, "matrix": big, "csr": torch.zeros(10, 0).to_sparse_csr(), "idx": torch.zeros(100)}
 
     assert len(inputs.input_sets(SMALL, "cpu", make)) == 2
     monkeypatch.setattr(inputs, "CPU_BYTES", 4 * 1001)
