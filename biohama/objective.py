@@ -61,7 +61,7 @@ def training_loss(
         leave out: exploration (floor, absent modules), modules (their own loss), responsibility
         (every module learns every sequence), credit (the router's), rest, quiet (penalties of events and of ``own``).
     Returns: a scalar with gradients, and detached scalars.
-    Raises: ValueError for an unknown part, or nothing scored; TypeError for a BioHamaModel that torch.compile wraps.
+    Raises: ValueError for an unknown part, or nothing scored; TypeError for a BioHamaModel that is wrapped.
     """
     for name in [without] if isinstance(without, str) else without:
         if name not in PARTS:

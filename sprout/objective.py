@@ -56,7 +56,7 @@ def balance_loss(score: Tensor | GroupedScore, first: ActivationPattern) -> Tens
     if isinstance(score, Tensor):
         score = _wide(score)
     else:
-        score = GroupedScore(_wide(score.group), score.groups, _wide(score.member))
+        score = score._replace(group=_wide(score.group), member=_wide(score.member))
     if isinstance(score, Tensor):
         used = score.new_zeros(first.n_neurons).index_add_(0, first.idx.flatten(), weight.to(score.dtype).flatten())
         return first.n_neurons * (used / count * score.softmax(1).mean(0)).sum()

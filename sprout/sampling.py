@@ -49,9 +49,8 @@ def generate(
         if temperature == 0:
             new = logits.argmax(1, keepdim=True)
         else:
-            logits = logits.float() - logits.float().amax(
-                1, keepdim=True
-            )  # none can overflow, however small the divisor
+            logits = logits.float()
+            logits = logits - logits.amax(1, keepdim=True)  # so that none overflows, however small the divisor
             kept = likeliest(logits / temperature, top_k, top_p)
             new = torch.multinomial(kept.softmax(1), 1, generator=generator)
         tokens = torch.cat([tokens, new], 1)

@@ -32,6 +32,7 @@ from .train_config import (
     MODEL_DEFAULTS,
     OptionError,
     TrainConfig,
+    check_scaled,
     check_sharded,
     continue_with,
     merge,
@@ -153,7 +154,9 @@ def check_options(options: dict[str, Any], given: dict[str, Any]) -> None:
     config, sizes = parts(options, vocab_size=1)
     check_libraries(config)
     check_device(config)
-    if options["model"] == "sprout" and sizes.active_groups and processes() > 1:
+    groups = options["model"] == "sprout" and sizes.active_groups > 0
+    check_scaled(config, groups)
+    if groups and processes() > 1:
         check_sharded(config)
     if options["model"] != "sprout":
         for name in sorted(set(given) & set(model_names()) - set(OF_CONTROLS)):

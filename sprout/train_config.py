@@ -261,16 +261,14 @@ def check_sharded(config: TrainConfig) -> None:
             f"--rewire_every {config.rewire_every} with --active_groups needs one process: with more of them each "
             "holds a part of the blocks; leave it out"
         )
-    if config.mixed_precision == "fp16":
-        raise OptionError(
-            "--mixed_precision fp16 with --active_groups needs one process: a process would leave out a step that "
-            "overflowed in its own rows while others take it; use bf16 or no"
-        )
 
 
-def check_scaled(config: TrainConfig, optimizers: int) -> None:
-    """Raises OptionError for fp16 with several optimizers: accelerate scales the gradients of the second back twice."""
-    if config.mixed_precision == "fp16" and optimizers > 1:
+def check_scaled(config: TrainConfig, groups: bool) -> None:
+    """Raises OptionError for fp16 with two optimizers: accelerate scales the gradients of the second back twice.
+
+    groups: whether the model has tables with sparse gradients, which get an optimizer of their own, as muon's do.
+    """
+    if config.mixed_precision == "fp16" and (groups or config.optimizer == "muon"):
         raise OptionError(
             "--mixed_precision fp16 needs a single optimizer: --optimizer muon and --active_groups make two; "
             "use bf16 or no"

@@ -128,7 +128,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(learner: Learner, batches: Iterator[Tensor], first: int, accelerator: Any) -> dict[str, float]:
-    """Mean nats per token of the batches and, of a pool, what its patterns did; in eval mode; its mode is restored.
+    """Mean nats per token of the batches and, of a pool, what its patterns did.
+
+    The model is in eval mode meanwhile, and after that in the mode it was in, also where an error is raised.
 
     "score" is the loss of the first batches alone, to compare evaluations of different length. With several processes
     each takes every n-th batch and all get the figures of all. As many forwards on each, as a spread pool needs.

@@ -96,14 +96,13 @@ class Trainer:
         model: Any = hub.make_model(plan.config.model, plan.sizes)
         if plan.config.freeze_strength and plan.config.model == "sprout":
             model.pool.connection_strength.requires_grad_(False)
+        check_scaled(plan.config, bool(sparse_tables(model)))
         if sparse_tables(model) and accelerator.num_processes > 1:
             check_sharded(plan.config)
             shard_(model)
         self.model = model
         learner = Learner(model, plan.config.balance, plan.config.settling)
-        optimizers = make_optimizers(model, plan.config)
-        check_scaled(plan.config, len(optimizers))
-        prepared = accelerator.prepare(learner, *optimizers)
+        prepared = accelerator.prepare(learner, *make_optimizers(model, plan.config))
         self.learner, self.optimizers = prepared[0], list(prepared[1:])
         self.sampler = torch.Generator().manual_seed(plan.config.seed)
         self.total = plan.config.total_steps(len(plan.train), accelerator.num_processes)

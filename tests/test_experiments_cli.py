@@ -14,7 +14,7 @@ pytest.importorskip("hydra")
 pytest.importorskip("torchmetrics")
 
 from biohama.experiments import __main__ as cli
-from biohama.experiments import config, evaluate, quick, report, suite
+from biohama.experiments import config, evaluate, quick, report, suite, train
 from sprout.runs import checkpoints, read_metrics
 from tests.training import reset
 
@@ -213,3 +213,9 @@ def test_quick_shows_every_part(tmp_path, monkeypatch, capsys):
         assert words in said
     assert (tmp_path / "q/report/report.md").exists()
     assert config.make_config(quick.OPTIONS).train.steps == 20
+
+
+def test_accelerates_own_configuration_brings_no_autocast(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    made = train.make_accelerator(config.make_config({"device": "cpu"}))
+    assert made.mixed_precision == "no"

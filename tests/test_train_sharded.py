@@ -87,7 +87,7 @@ def test_a_table_that_is_not_finite_ends_all_processes(tmp_path):
     ("options", "message"),
     [
         (["--rewire_every", "5"], "--rewire_every 5 with --active_groups needs one process"),
-        (["--mixed_precision", "fp16", "--device", "auto"], "--mixed_precision fp16 with --active_groups needs one"),
+        (["--mixed_precision", "fp16", "--device", "auto"], "--mixed_precision fp16 needs a single optimizer"),
     ],
 )
 def test_what_does_not_go_together_is_refused_first(tmp_path, start, capsys, monkeypatch, options, message):

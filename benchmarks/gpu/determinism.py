@@ -23,9 +23,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "update_strength_": (parity.update_strength, "strength idx pre post", ()),
 }
 
-
-# what attention does differently -> (changed sizes, arguments, storages)
 GATED = OPERATIONS["sparse_attention"][1]
+# what attention does differently -> (changed sizes, arguments, storages)
 ATTENTION: dict[str, tuple[dict[str, int], str, tuple[str, ...]]] = {
     "without gate": ({}, GATED.removesuffix(" gate"), ("dense",)),
     "with count": ({}, f"{GATED} count", ("dense",)),
@@ -69,10 +68,14 @@ def attention(setting: Setting, how: str, storage: str, dtype: torch.dtype, runs
 
 
 def chunked(setting: Setting, shape: tuple[int, int, int, int], dtype: torch.dtype, runs: int) -> Row:
-    batch, n, k, width = shape
-    g, how = generator(n + k), {"device": setting.device, "dtype": dtype}
+    return same_again("topk_gather", selection(*shape, {"device": setting.device, "dtype": dtype}), runs)
+
+
+def selection(batch: int, n: int, k: int, width: int, how: dict[str, Any]) -> dict[str, Any]:
+    """What topk_gather is run with, without the N x N matrix of the others; of idx only the shape is looked at."""
+    g = generator(n + k)
     score, table = (torch.randn(*s, generator=g).to(**how).requires_grad_() for s in ((batch, n), (n, width)))
-    return same_again("topk_gather", {"score": score, "table": table, "idx": torch.empty(batch, k)}, runs)
+    return {"score": score, "table": table, "idx": torch.empty(batch, k)}
 
 
 def same_again(operation: str, own: dict[str, Any], runs: int) -> Row:

@@ -53,7 +53,7 @@ def attention_case(setting: Setting, flex: bool = False) -> Case:
         spec,
         sets,
         Contestant("ours", _ours, LEAVES, deterministic=True),
-        [test_attention.flex(setting.session())] if flex and setting.cuda else _attention_peers(setting),
+        [test_attention.flex(setting.session())] if flex else _attention_peers(setting),
         lambda: _attention_truth(sets[0], active),
         moved + 20 * pairs - size * spec.n**2,  # 4 bytes and two indices a pair, and no N x N gradient
         flops,

@@ -19,11 +19,11 @@ from .. import memory
 from ..measure import captured, replay_seconds, seconds
 from ..naive_sprout import fused_operations, naive_operations
 from ..table import amount, duration
-from .journal import LeftOut, Row
+from .journal import FAILED, LeftOut, Row
 from .races import forget
 from .setting import Rows, Setting
 from .targets import entry, told
-from .timing import eager_seconds
+from .timing import REPLAYS, WARM_UP, eager_seconds
 
 WINDOW, ETA = 64, 0.01
 MILLION = 1_048_576
@@ -99,9 +99,9 @@ def replayed(job: Step, name: str) -> Row:
     """Seconds of a replay, or why the call cannot be captured."""
     try:
         graph, _ = captured(job, name)
-        for _ in range(3):
+        for _ in range(WARM_UP):
             graph.replay()
-        return {"graph_s": median(replay_seconds(graph) for _ in range(20))}
+        return {"graph_s": median(replay_seconds(graph) for _ in range(REPLAYS))}
     except Exception as error:  # a peer that waits for the device; the eager time stays
         return {"not_captured": f"{type(error).__name__}: {str(error)[:200]}"}
 
@@ -120,10 +120,11 @@ def best(row: Row) -> float:
 def conclude(rows: dict[str, Row]) -> Row:
     """T11 from the rows of this step: everyone in the mode that is faster for it, and in lines both as eager calls.
 
-    A way whose loss differs from ours takes no part, and is named.
+    A way whose loss differs from ours takes no part, and fails the conclusion: one of the two is wrong.
     """
     found: list[Row] = []
     lines: list[str] = []
+    differ: list[str] = []
     for kind in ("float32", "bfloat16"):
         prefix = f"SPROUT step B=256 {kind} "
         timed = {
@@ -134,7 +135,7 @@ def conclude(rows: dict[str, Row]) -> Row:
             continue
         for way, row in list(timed.items()):
             if abs(row["result"] - ours["result"]) > LOSS_TOLERANCE * abs(ours["result"]):
-                lines.append(f"{kind}: loss {row['result']:.5g} by {way}, {ours['result']:.5g} by ours: takes no part")
+                differ.append(f"{kind}: loss {row['result']:.5g} by {way}, {ours['result']:.5g} by ours")
                 del timed[way]
         what = f"SPROUT forward + backward + plasticity, 5 steps, B=256, {kind}"
         for compiled, target in ((True, 3), (False, 8)):
@@ -149,7 +150,8 @@ def conclude(rows: dict[str, Row]) -> Row:
             what = f"SPROUT inference, B=1, {kind}, CUDA graph"
             found.append(entry("T11", what, single["graph_s"] * 1e6, 150, at_least=False, unit=" us"))
     row = told({"op": "sprout model"}, found)
-    return row | {"lines": [*row["lines"], *lines]}
+    failed = {"status": FAILED, "message": "; ".join(differ)} if differ else {}
+    return row | {"lines": [*row["lines"], *lines], **failed}
 
 
 def biohama(setting: Setting, size: str) -> Row:

@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 import torch
-from bio_kernels.testing import generator, make_inputs
+from bio_kernels.testing import make_inputs
 
 from . import parity
-from .determinism import OPERATIONS, STORAGES
+from .determinism import OPERATIONS, STORAGES, selection
 
 Shapes = tuple[tuple[int, int, int], ...]  # B, N, K
 SMALLEST: Shapes = ((2, 16, 5), (1, 48, 17))
@@ -33,9 +33,7 @@ def arguments(operation: str, shape: tuple[int, int, int], size: str, storage: s
     """What runs the operation once with these arguments, as parity.py names them; how: dtype and device."""
     batch, n, k = shape
     if operation == "topk_gather" and size == "tiled":  # without the N x N matrix of the other operations
-        g, width = generator(n), WIDTHS[size]["width"]
-        score, table = (torch.randn(*s, generator=g).to(**how).requires_grad_() for s in ((batch, n), (n, width)))
-        return {"score": score, "table": table, "idx": torch.empty(batch, k)}
+        return selection(batch, n, k, WIDTHS[size]["width"], how)
     kind = "zipf" if size == "tiled" else "uniform"  # the same neurons in many samples
     x = make_inputs(batch, n, k, storage=storage, kind=kind, **WIDTHS[size]).to(**how, grad=True)
     return {name: getattr(x, name) for name in OPERATIONS[operation][1].split()} | {"bounded": True}

@@ -81,6 +81,8 @@ def attention(setting: Setting, batch: int, direction: str, target: float) -> Ro
 
 def huge_attention(setting: Setting, flex: bool) -> Row:
     """T3: the gradient of ours is sparse, those of the peers N x N. FlexAttention apart: it may fail at that size."""
+    if flex and setting.rehearsal:
+        raise LeftOut("FlexAttention is not compiled in a rehearsal")
     races.forget()
     row = races.race(setting, large.attention_case(setting, flex))
     what = f"attention forward + backward, {row['dtype']}, {row['shape']}"

@@ -78,6 +78,7 @@ def make_accelerator(config: Config) -> Accelerator:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
+        # whatever accelerate's own configuration says: BioHama does not run under autocast
         accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
     except ValueError as error:  # accelerate keeps the first one for the life of a process
         raise RunError(f"an earlier run of this process had another device; start anew: {error}") from None

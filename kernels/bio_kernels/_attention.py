@@ -187,7 +187,7 @@ def launch_shape(table: dict, q: Tensor) -> tuple[tuple[int], dict]:
     block_m, block_n = min(block_m, whole), min(block_n, whole)
     # Narrower than 64, the layout of the second dot repeats the scores over the warps and spills (compiled, sm_90).
     block_d = max(64, triton.next_power_of_2(width))
-    if block_d > WIDE:  # two rows of such a tile and its gradients have to fit into shared memory
+    if block_d > WIDE:  # what a tile reads of q, k, v and the gradients has to fit into shared memory
         block_m, block_n, stages = 16, 16, 1
     arch = _storage.arch_of(q)
     if arch not in ROOMY:

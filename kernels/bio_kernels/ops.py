@@ -291,7 +291,7 @@ def shared_table(table: Tensor, uses: int) -> tuple[Tensor, ...]:
         TypeError, ValueError: table is not a strided tensor, or uses < 1.
 
     Gradients: the sum of the aliases' gradients, strided, in a fixed order; torch alone adds uncoalesced ones on a GPU
-        by atomics, in any.
+        by atomics, in none.
     """
     _checks.tensor("table", table, "of any shape", tuple(range(9)))
     _checks.integer("uses", uses, 1, 2**31, "2**31")
